@@ -1,0 +1,106 @@
+"""What a source of images is, and the one way an image file is read.
+
+A source never skips anything by itself: index ``i`` always means the same image. Files that cannot be read are found
+before a run by :func:`cast_jax.data.checks.check_sources`, which either refuses them (``on_unreadable="error"``) or
+counts them and returns the sources without them (``"skip"``, a :class:`~cast_jax.data.sources.subset.Subset`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from cast_jax.core.annotations import Category, Instances
+from cast_jax.core.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRecord:
+    """One image of a source.
+
+    Attributes:
+      image_id: the dataset's own name of the image: the id in a COCO JSON, the Cityscapes stem
+        ``<city>_<seq>_<frame>``, or the relative file name in a folder of images. Unique within a source.
+      path: the image file.
+      file_name: ``path`` relative to the source's root, with forward slashes.
+    """
+
+    image_id: int | str
+    path: Path
+    file_name: str
+
+
+class Source(Protocol):
+    """Random access to images and their annotations; thread-safe and picklable.
+
+    Making one reads the index (a listing or a JSON); images and masks are read when they are asked for.
+    """
+
+    @property
+    def categories(self) -> tuple[Category, ...]:
+        """The classes, in the order of the labels of :meth:`instances`; ``()`` when the source is unlabelled."""
+        ...
+
+    def __len__(self) -> int:
+        """The number of images."""
+        ...
+
+    def record(self, index: int) -> ImageRecord:
+        """The name and the file of image ``index``; reads nothing."""
+        ...
+
+    def image(self, index: int) -> UInt8[np.ndarray, "height width 3"]:
+        """Decodes image ``index`` to RGB. Raises :class:`DataError` naming the file if it cannot be read."""
+        ...
+
+    def instances(self, index: int) -> Instances:
+        """The ground truth (or pseudo-labels) of image ``index``, at the image's own size.
+
+        Raises :class:`DataError` if the annotation does not fit the image, or if the source is unlabelled.
+        """
+        ...
+
+
+def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "height width 3"]:
+    """Decodes an image file completely, to RGB as COCO's tools see it.
+
+    Grey, palette, CMYK and 16-bit images are converted (16 bits keep their high byte), an alpha channel is dropped,
+    and an EXIF orientation is *not* applied, since COCO annotations are made on the stored pixels.
+
+    Raises:
+      DataError: the file is missing, truncated, not an image, or has floating-point pixels; names the file.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode == "F":
+                raise ValueError("floating-point pixels have no known range; save it with 8 bits")
+            if image.mode.startswith("I"):
+                grey = (np.clip(np.asarray(image, dtype=np.int64), 0, 65535) >> 8).astype(np.uint8)
+                return np.repeat(grey[..., None], 3, axis=-1)
+            return np.array(image.convert("RGB"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such image file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, error) from error
+
+
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """The (height, width) in an image file's header. Raises :class:`DataError` as :func:`read_image` does."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such image file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str | os.PathLike[str], error: BaseException) -> DataError:
+    return DataError(f"{path}: cannot be read as an image ({error}); replace the file, or remove it from the dataset")
