@@ -1,0 +1,232 @@
+"""DINOv2 vision transformer (Oquab et al., 2023), with registers (Darcet et al., 2024) if asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from cast_jax.models.attention import attend
+from cast_jax.models.convolution import PatchEmbedding
+from cast_jax.models.layers import LayerScale, drop_path, dropout
+from cast_jax.models.resize import apply_matrices, interpolation_matrix
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class DinoV2Config:
+    """The sizes of an encoder, and how its position embedding meets other image sizes.
+
+    The position embedding is learned on a ``position_grid`` x ``position_grid`` grid and resized bicubically. The
+    official release, Depth-Anything-V2 and UniMatch-V2 use offset 0.1 without antialiasing; Hugging Face's
+    ``Dinov2Model`` offset 0 without; releases with registers offset 0 with antialiasing. They differ by up to 0.6.
+    """
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    patch_size: int = 14
+    mlp_ratio: float = 4.0
+    num_register_tokens: int = 0
+    position_grid: int = 37
+    position_offset: float = 0.1
+    position_antialias: bool = False
+    layer_scale: float = 1.0
+    ffn: Literal["mlp", "swiglu"] = "mlp"
+    drop_path: float = 0.0
+    dropout: float = 0.0
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}")
+        if self.ffn not in ("mlp", "swiglu"):
+            raise ValueError(f"ffn must be 'mlp' or 'swiglu', got {self.ffn!r}")
+
+
+def dinov2_s(**changes: Any) -> DinoV2Config:
+    """ViT-S/14, 22 M parameters."""
+    return _config(embed_dim=384, depth=12, num_heads=6, **changes)
+
+
+def dinov2_b(**changes: Any) -> DinoV2Config:
+    """ViT-B/14, 87 M parameters."""
+    return _config(embed_dim=768, depth=12, num_heads=12, **changes)
+
+
+def dinov2_l(**changes: Any) -> DinoV2Config:
+    """ViT-L/14, 304 M parameters."""
+    return _config(embed_dim=1024, depth=24, num_heads=16, **changes)
+
+
+def tiny(**changes: Any) -> DinoV2Config:
+    """A small encoder for demonstrations and tests: trains from scratch in minutes on two CPU cores."""
+    sizes = {"embed_dim": 96, "depth": 6, "num_heads": 3, "patch_size": 8, "position_grid": 16, "position_offset": 0.0}
+    return DinoV2Config(**sizes | changes)
+
+
+def _config(**fields: Any) -> DinoV2Config:
+    if fields.get("num_register_tokens", 0):  # the released weights with registers were trained with this resize
+        fields = {"position_offset": 0.0, "position_antialias": True} | fields
+    return DinoV2Config(**fields)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, config: DinoV2Config, *, dtype, param_dtype, rngs: nnx.Rngs):
+        def linear() -> nnx.Linear:
+            return nnx.Linear(config.embed_dim, config.embed_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+        self.query, self.key, self.value, self.out = linear(), linear(), linear(), linear()
+        self.num_heads = config.num_heads
+
+    def __call__(self, tokens: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
+        def split(values: Array) -> Array:
+            return values.reshape(*values.shape[:2], self.num_heads, -1)
+
+        mixed = attend(split(self.query(tokens)), split(self.key(tokens)), split(self.value(tokens)))
+        return self.out(mixed.reshape(tokens.shape))
+
+
+class Mlp(nnx.Module):
+    """Two linear layers with an exact GELU between them."""
+
+    def __init__(self, config: DinoV2Config, *, dtype, param_dtype, rngs: nnx.Rngs):
+        hidden = int(config.embed_dim * config.mlp_ratio)
+        self.fc1 = nnx.Linear(config.embed_dim, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.fc2 = nnx.Linear(hidden, config.embed_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, tokens: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
+        return self.fc2(jax.nn.gelu(self.fc1(tokens), approximate=False))
+
+
+class SwiGlu(nnx.Module):
+    """The gated feed-forward layer of the giant DINOv2; two thirds as wide as the MLP, in multiples of 8."""
+
+    def __init__(self, config: DinoV2Config, *, dtype, param_dtype, rngs: nnx.Rngs):
+        hidden = (int(int(config.embed_dim * config.mlp_ratio) * 2 / 3) + 7) // 8 * 8
+        self.gate = nnx.Linear(config.embed_dim, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.up = nnx.Linear(config.embed_dim, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.down = nnx.Linear(hidden, config.embed_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, tokens: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
+        return self.down(jax.nn.silu(self.gate(tokens)) * self.up(tokens))
+
+
+class Block(nnx.Module):
+    """A pre-norm transformer block with layer scale; both branches share the dropout and drop-path rates."""
+
+    def __init__(self, config: DinoV2Config, *, dtype, param_dtype, rngs: nnx.Rngs):
+        options = {"dtype": dtype, "param_dtype": param_dtype}
+        scale = {"init": config.layer_scale, **options}
+        self.norm1 = nnx.LayerNorm(config.embed_dim, epsilon=1e-6, **options, rngs=rngs)
+        self.attention = Attention(config, **options, rngs=rngs)
+        self.layer_scale1 = LayerScale(config.embed_dim, **scale)
+        self.norm2 = nnx.LayerNorm(config.embed_dim, epsilon=1e-6, **options, rngs=rngs)
+        self.mlp = (Mlp if config.ffn == "mlp" else SwiGlu)(config, **options, rngs=rngs)
+        self.layer_scale2 = LayerScale(config.embed_dim, **scale)
+        self.dropout, self.drop_path = config.dropout, config.drop_path
+
+    def __call__(self, tokens: Float[Array, "batch tokens dim"], key: Array | None) -> Float[Array, "batch tokens dim"]:
+        keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
+        branch = self.layer_scale1(dropout(self.attention(self.norm1(tokens)), self.dropout, keys[0]))
+        tokens = tokens + drop_path(branch, self.drop_path, keys[1])
+        branch = self.layer_scale2(dropout(self.mlp(self.norm2(tokens)), self.dropout, keys[2]))
+        return tokens + drop_path(branch, self.drop_path, keys[3])
+
+
+class DinoV2(nnx.Module):
+    """The encoder. Parameters are ``param_dtype``; activations and results are ``dtype``."""
+
+    def __init__(self, config: DinoV2Config, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+        options = {"dtype": dtype, "param_dtype": param_dtype}
+        self.config, self.dtype = config, dtype
+
+        def embedding(rows: int) -> nnx.Param:
+            init = nnx.initializers.truncated_normal(0.02)
+            return nnx.Param(init(rngs.params(), (rows, config.embed_dim), param_dtype))
+
+        self.patch_embedding = PatchEmbedding(3, config.embed_dim, config.patch_size, **options, rngs=rngs)
+        self.class_token = embedding(1)
+        # Used only by DINOv2's own pretraining; kept so that checkpoints map one to one and can be written back.
+        self.mask_token = nnx.Param(jnp.zeros((1, config.embed_dim), param_dtype))
+        if config.num_register_tokens:
+            self.register_tokens = embedding(config.num_register_tokens)
+        self.position_embedding = embedding(1 + config.position_grid**2)
+        self.blocks = nnx.List([Block(config, **options, rngs=rngs) for _ in range(config.depth)])
+        self.norm = nnx.LayerNorm(config.embed_dim, epsilon=1e-6, **options, rngs=rngs)
+
+    def __call__(
+        self, images: Float[Array, "batch height width 3"], *, layers: Sequence[int], rngs: nnx.Rngs | None = None
+    ) -> list[Float[Array, "batch rows columns dim"]]:
+        """The patch maps after the chosen blocks (0-based), each through the final norm; see ``tokens``."""
+        rows, columns = self.grid(*images.shape[1:3])
+        prefix = 1 + self.config.num_register_tokens
+        return [
+            tokens[:, prefix:].reshape(tokens.shape[0], rows, columns, -1)
+            for tokens in self.tokens(images, layers=layers, rngs=rngs)
+        ]
+
+    def tokens(
+        self, images: Float[Array, "batch height width 3"], *, layers: Sequence[int], rngs: nnx.Rngs | None = None
+    ) -> list[Float[Array, "batch tokens dim"]]:
+        """Class, register and patch tokens after the chosen blocks (0-based), each through the final norm.
+
+        ``images`` are normalised with ``IMAGE_MEAN`` and ``IMAGE_STD``; blocks after the last chosen one do not run.
+        ``rngs`` switches dropout and drop path on. Raises ValueError for sizes that are no multiple of the patch size
+        and for layers that do not exist.
+        """
+        if not layers or not all(0 <= layer < self.config.depth for layer in layers):
+            raise ValueError(f"layers must be block numbers from 0 to {self.config.depth - 1}, got {tuple(layers)}")
+        tokens = self._embed(images)
+        kept = {}
+        for number, block in enumerate(self.blocks[: max(layers) + 1]):
+            run = jax.checkpoint(block) if self.config.remat else block
+            tokens = run(tokens, None if rngs is None else rngs.dropout())
+            if number in layers:
+                kept[number] = self.norm(tokens)
+        return [kept[layer] for layer in layers]
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """The patch grid (rows, columns) of an image size."""
+        patch = self.config.patch_size
+        if height % patch or width % patch or not height or not width:
+            raise ValueError(f"image sizes must be multiples of the patch size {patch}, got {height}x{width}")
+        return height // patch, width // patch
+
+    def _embed(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch tokens dim"]:
+        grid = self.grid(*images.shape[1:3])
+        patches = self.patch_embedding(images) + self._patch_positions(grid).astype(self.dtype)
+        patches = patches.reshape(patches.shape[0], -1, patches.shape[-1])
+        prefix = self.class_token[...] + self.position_embedding[...][:1]
+        if self.config.num_register_tokens:
+            prefix = jnp.concatenate([prefix, self.register_tokens[...]])
+        prefix = jnp.broadcast_to(prefix.astype(self.dtype), (patches.shape[0], *prefix.shape))
+        return jnp.concatenate([prefix, patches], axis=1)
+
+    def _patch_positions(self, grid: tuple[int, int]) -> Float[Array, "1 rows columns dim"]:
+        """The position embedding of the patches, resized in the parameters' precision."""
+        config = self.config
+        side = config.position_grid
+        positions = self.position_embedding[...][1:].reshape(1, side, side, -1)
+        if grid == (side, side):
+            return positions
+        matrices = (
+            interpolation_matrix(
+                side,
+                length,
+                method="bicubic",
+                antialias=config.position_antialias,
+                scale=(length + config.position_offset) / side,
+            )
+            for length in grid
+        )
+        return apply_matrices(positions, *matrices)
