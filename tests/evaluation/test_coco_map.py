@@ -173,12 +173,12 @@ def test_equal_to_pycocotools_on_json_files(tmp_path, capsys):
     rng = np.random.default_rng(0)
     evaluator = MaskAPEvaluator(CATEGORIES)
     images, annotations = [], []
-    size = (120, 140)
+    size = (160, 190)
     for image_id in range(100, 112):
         masks, labels, detected = [], [], []
         for _ in range(rng.integers(1, 7)):
-            side = int(rng.integers(5, 110))
-            top, left = int(rng.integers(0, size[0] - 5)), int(rng.integers(0, size[1] - 5))
+            side = int(rng.integers(5, 150))
+            top, left = int(rng.integers(0, size[0] // 3)), int(rng.integers(0, size[1] // 3))
             masks.append(box(top, left, top + side, left + side, size))
             labels.append(int(rng.integers(2)))
             if rng.random() < 0.8:
