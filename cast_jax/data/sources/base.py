@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Protocol
 
 import numpy as np
@@ -100,6 +101,41 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         raise DataError(f"{path}: no such image file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from error
+
+
+def read_list(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of a text file, stripped, without empty lines and ``#`` comments.
+
+    Raises:
+      DataError: the file is missing, not text, or lists nothing.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a list, one name a line ({error})") from error
+    names = [line for line in lines if line and not line.startswith("#")]
+    if not names:
+        raise DataError(f"{path}: lists no images; write one name a line")
+    return names
+
+
+def check_relative(file_name: str, where: str) -> str:
+    """Returns a relative file name with forward slashes.
+
+    Raises:
+      DataError: ``file_name`` is empty, absolute or climbs out of its folder; ``where`` names the file that holds it.
+    """
+    parts = PurePosixPath(file_name.replace("\\", "/")).parts
+    if not parts or ".." in parts or parts[0] == "/" or PureWindowsPath(file_name).drive:
+        raise DataError(f"{where}: {file_name!r} must be a path inside the folder of images, without a leading / or ..")
+    return "/".join(parts)
+
+
+def name_some(names: Iterable[object], limit: int = 10) -> str:
+    """The first ``limit`` names for an error message, and how many more there are."""
+    texts = [str(name) for name in names]
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more
 
 
 def _unreadable(path: str | os.PathLike[str], error: BaseException) -> DataError:

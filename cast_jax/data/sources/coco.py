@@ -1,0 +1,242 @@
+"""COCO's instance annotations: the JSON is read here, its masks by ``pycocotools.mask``.
+
+Format: https://cocodataset.org/#format-data (polygons in several parts, run lengths compressed or not, crowds).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+from pycocotools import mask as coco_mask
+
+from cast_jax.core.annotations import Category, Instances, decode_mask
+from cast_jax.core.errors import DataError
+from cast_jax.data.sources.base import ImageRecord, check_relative, image_size, name_some, read_image
+
+MAX_OVERHANG = 2.0
+"""Pixels that a polygon's vertex may lie outside its image (COCO's own do, by rounding); it is cut at the border."""
+
+_KEPT = {"id", "image_id", "category_id", "segmentation", "iscrowd", "file_name", "height", "width", "name"}
+
+
+class Coco:
+    """The images of one COCO JSON, in its order.
+
+    Category ids may be sparse: labels are positions in the categories sorted by id. An ``iscrowd`` annotation becomes
+    ``ignore`` (less the pixels of instances). Instances without a single pixel are left out.
+
+    Args:
+      annotations: the JSON file.
+      images: the folder of images; by default the folder beside the JSON with its name (``val.json``: ``val/``).
+      categories: what the JSON's categories must be, ids and names (those of the labelled set, for the val set).
+
+    Raises:
+      DataError: a malformed JSON (names the key and the entry), other categories than asked for, or no folder.
+    """
+
+    def __init__(
+        self,
+        annotations: str | os.PathLike[str],
+        images: str | os.PathLike[str] | None = None,
+        categories: Sequence[Category] | None = None,
+    ):
+        self.annotations = Path(annotations)
+        content = _read_json(self.annotations)
+        self._categories = _read_categories(content, self.annotations)
+        if categories is not None:
+            require_same_categories(tuple(categories), self._categories, str(self.annotations))
+        self.root = Path(images) if images is not None else self.annotations.with_suffix("")
+        if not self.root.is_dir():
+            raise DataError(f"{self.root}: no such folder with the images of {self.annotations}; set images")
+        self._read_images(content["images"])
+        self._read_annotations(content["annotations"])
+
+    def _read_images(self, entries: list[dict[str, Any]]) -> None:
+        where = str(self.annotations)
+        self._ids: list[int | str] = [
+            _field(entry, "id", where, "images", i, (int, str)) for i, entry in enumerate(entries)
+        ]
+        if len(set(self._ids)) < len(self._ids):
+            raise DataError(f"{where}: images[].id is not unique: {name_some(_repeated(self._ids))}")
+        names = [_field(entry, "file_name", where, "images", i, str) for i, entry in enumerate(entries)]
+        self._names = [check_relative(name, f"{where}: images[].file_name") for name in names]
+        sizes = [
+            [_field(entry, key, where, "images", i, int) for key in ("height", "width")]
+            for i, entry in enumerate(entries)
+        ]
+        self._sizes = np.asarray(sizes, np.int64).reshape(-1, 2)
+        if not self._ids:
+            raise DataError(f"{where}: images is empty")
+
+    def _read_annotations(self, entries: list[dict[str, Any]]) -> None:
+        where = str(self.annotations)
+        positions = {category.id: position for position, category in enumerate(self._categories)}
+        image_of = {image_id: index for index, image_id in enumerate(self._ids)}
+        by_image: list[list[tuple[int, bool, Any, object]]] = [[] for _ in self._ids]
+        for i, entry in enumerate(entries):
+            name = entry.get("id", f"number {i}")
+            image_id = _field(entry, "image_id", where, "annotations", i, (int, str))
+            category_id = _field(entry, "category_id", where, "annotations", i, int)
+            if image_id not in image_of:
+                raise DataError(f"{where}: annotation {name} has image_id {image_id!r}, which is not in images")
+            if category_id not in positions:
+                raise DataError(f"{where}: annotation {name} has category_id {category_id}, which is not in categories")
+            index = image_of[image_id]
+            height, width = map(int, self._sizes[index])
+            try:
+                shape = _checked(entry.get("segmentation"), height, width)
+            except ValueError as error:
+                raise DataError(f"{where}: annotation {name} of image {image_id}: segmentation {error}") from None
+            by_image[index].append((positions[category_id], bool(entry.get("iscrowd", 0)), shape, name))
+        self._by_image = [tuple(of_image) for of_image in by_image]
+
+    @property
+    def categories(self) -> tuple[Category, ...]:
+        """The JSON's categories, sorted by id."""
+        return self._categories
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def record(self, index: int) -> ImageRecord:
+        """The JSON's id and file name of image ``index``."""
+        return ImageRecord(self._ids[index], self.root / self._names[index], self._names[index])
+
+    def image(self, index: int) -> UInt8[np.ndarray, "height width 3"]:
+        """Image ``index``, RGB."""
+        return read_image(self.record(index).path)
+
+    def instances(self, index: int) -> Instances:
+        """The instances of image ``index``; none is valid.
+
+        Raises:
+          DataError: the image file's size is not the JSON's, or a run-length code is broken.
+        """
+        record, (height, width) = self.record(index), map(int, self._sizes[index])
+        if (size := image_size(record.path)) != (height, width):
+            raise DataError(
+                f"{record.path}: is {size} pixels (height, width), but {self.annotations} says {(height, width)} "
+                f"for image {record.image_id}"
+            )
+        labels, masks, ignore = [], [], np.zeros((height, width), bool)
+        for label, is_crowd, shape, name in self._by_image[index]:
+            try:
+                mask = _rasterise(shape, height, width)
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{self.annotations}: annotation {name} of image {record.image_id}: {error}") from error
+            if is_crowd:
+                ignore |= mask
+            elif mask.any():
+                labels.append(label)
+                masks.append(mask)
+        if not masks:
+            return Instances(**{**vars(Instances.empty(height, width)), "ignore": ignore})
+        stacked = np.stack(masks)
+        return Instances(
+            masks=stacked,
+            labels=np.asarray(labels, np.int32),
+            ignore=ignore & ~stacked.any(axis=0),
+            scores=np.ones(len(labels), np.float32),
+        )
+
+
+def require_same_categories(expected: Sequence[Category], found: Sequence[Category], where: str) -> None:
+    """Raises :class:`DataError`, listing every difference by id and name, unless the categories are the same set."""
+    wanted = {category.id: category.name for category in expected}
+    given = {category.id: category.name for category in found}
+    differences = [f"{i} {wanted[i]!r} is missing" for i in sorted(wanted.keys() - given.keys())]
+    differences += [f"{i} {given[i]!r} is not in the labelled set" for i in sorted(given.keys() - wanted.keys())]
+    both = sorted(wanted.keys() & given.keys())
+    differences += [f"{i} is {given[i]!r}, not {wanted[i]!r}" for i in both if given[i] != wanted[i]]
+    if differences:
+        raise DataError(f"{where}: categories differ from the labelled set's: {name_some(differences, 20)}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file, object_hook=_compact)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such annotation file") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: is not valid JSON ({error})") from error
+    for key in ("images", "annotations", "categories"):
+        entries = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise DataError(f"{path}: needs a list of objects under the key {key!r} (COCO instance annotations)")
+    return content
+
+
+def _compact(entry: dict[str, Any]) -> dict[str, Any]:
+    """Keeps what is used while the JSON is parsed: a vertex then costs 16 bytes instead of 64."""
+    if isinstance(parts := entry.get("segmentation"), list):
+        with contextlib.suppress(TypeError, ValueError):  # _checked refuses it, with its place
+            entry["segmentation"] = [np.asarray(part, np.float64) for part in parts]
+    elif "counts" in entry or "images" in entry:
+        return entry
+    return {key: value for key, value in entry.items() if key in _KEPT}
+
+
+def _read_categories(content: dict[str, Any], path: Path) -> tuple[Category, ...]:
+    categories = [
+        Category(
+            _field(entry, "id", str(path), "categories", i, int), _field(entry, "name", str(path), "categories", i, str)
+        )
+        for i, entry in enumerate(content["categories"])
+    ]
+    if not categories:
+        raise DataError(f"{path}: categories is empty")
+    for key in ("id", "name"):
+        if repeated := _repeated([getattr(category, key) for category in categories]):
+            raise DataError(f"{path}: categories[].{key} is not unique: {name_some(repeated)}")
+    return tuple(sorted(categories, key=lambda category: category.id))
+
+
+def _field(entry: dict[str, Any], key: str, path: str, group: str, number: int, kind: type | tuple[type, ...]) -> Any:
+    value = entry.get(key)
+    if isinstance(value, bool) or not isinstance(value, kind):
+        problem = "is missing" if key not in entry else f"is {value!r}"
+        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise DataError(f"{path}: {group}[{number}].{key} {problem}; it must be {kinds} (entry id {entry.get('id')!r})")
+    return value
+
+
+def _repeated(values: Sequence[Any]) -> list[Any]:
+    seen: set[Any] = set()
+    return [value for value in values if value in seen or seen.add(value)]  # type: ignore[func-returns-value]
+
+
+def _checked(segmentation: Any, height: int, width: int) -> list[np.ndarray] | dict[str, Any]:
+    """A segmentation as it is kept: polygon parts, or a compressed run-length code. Raises ValueError otherwise."""
+    if isinstance(segmentation, dict):
+        counts, size = segmentation.get("counts"), segmentation.get("size")
+        if not isinstance(counts, str | list) or size != [height, width]:
+            raise ValueError(f"needs counts and the size of its image, {[height, width]}; its size is {size}")
+        if isinstance(counts, str):
+            return {"size": size, "counts": counts}
+        if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != height * width:
+            raise ValueError(f"has counts that are not run lengths with the sum {height * width}")
+        return coco_mask.frPyObjects({"size": size, "counts": counts}, height, width)
+    if not isinstance(segmentation, list) or not segmentation:
+        raise ValueError("is missing or empty; give polygons or a run-length code")
+    for part in segmentation:
+        if not isinstance(part, np.ndarray) or part.ndim != 1 or len(part) < 6 or len(part) % 2:
+            raise ValueError("has a polygon that is not a flat list x, y, x, y, ... of three points or more")
+        points = part.reshape(-1, 2)
+        if not np.all((points >= -MAX_OVERHANG) & (points <= np.array([width, height]) + MAX_OVERHANG)):
+            raise ValueError(f"has vertices more than {MAX_OVERHANG:g} pixels outside its image of {height} x {width}")
+    return segmentation
+
+
+def _rasterise(shape: list[np.ndarray] | dict[str, Any], height: int, width: int) -> Bool[np.ndarray, "height width"]:
+    if isinstance(shape, dict):
+        return decode_mask(shape)
+    parts = coco_mask.frPyObjects([part.tolist() for part in shape], height, width)
+    return coco_mask.decode(coco_mask.merge(parts)).astype(bool)

@@ -1,0 +1,97 @@
+"""Images without labels: a folder, a glob pattern, or a list."""
+
+from __future__ import annotations
+
+import glob
+import os
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from cast_jax.core.annotations import Category, Instances
+from cast_jax.core.errors import DataError
+from cast_jax.data.sources.base import ImageRecord, check_relative, name_some, read_image, read_list
+
+EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""What counts as an image when a folder or a pattern is searched (case is ignored)."""
+
+
+class ImageFolder:
+    """Unlabelled images, sorted by name; an image's id is its path relative to the root.
+
+    Args:
+      images: a folder (searched with its sub-folders), a glob pattern (``**`` crosses folders), or a ``.txt`` file
+        with one path a line (its order is kept).
+      root: the folder that file names are relative to. By default the folder itself, the part of the pattern before
+        its first wildcard, or the folder of the list.
+
+    Raises:
+      DataError: nothing is there, or the list leaves its folder, repeats an image or names a missing one.
+    """
+
+    def __init__(self, images: str | os.PathLike[str], root: str | os.PathLike[str] | None = None):
+        images = os.fspath(images)
+        if images.lower().endswith(".txt"):
+            self.root = Path(root if root is not None else Path(images).parent)
+            self._names = _listed(images, self.root)
+        elif glob.has_magic(images) and not Path(images).is_dir():
+            self.root = Path(root if root is not None else _before_wildcard(images))
+            found = [Path(path) for path in glob.iglob(images, recursive=True) if _is_image(Path(path))]
+            self._names = sorted(_relative_to(path, self.root) for path in found)
+        else:
+            if not Path(images).is_dir():
+                raise DataError(f"{images}: no such folder of images (give a folder, a glob pattern or a .txt list)")
+            self.root = Path(root if root is not None else images)
+            walked = (Path(folder) / name for folder, _, names in os.walk(images) for name in names)
+            self._names = sorted(_relative_to(path, self.root) for path in walked if _is_image(path))
+        if not self._names:
+            raise DataError(f"{images}: holds no images; looked for {', '.join(EXTENSIONS)}")
+
+    @property
+    def categories(self) -> tuple[Category, ...]:
+        """None: the images are unlabelled."""
+        return ()
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def record(self, index: int) -> ImageRecord:
+        """The relative name and the file of image ``index``."""
+        name = self._names[index]
+        return ImageRecord(name, self.root / name, name)
+
+    def image(self, index: int) -> UInt8[np.ndarray, "height width 3"]:
+        """Image ``index``, RGB."""
+        return read_image(self.record(index).path)
+
+    def instances(self, index: int) -> Instances:
+        """Raises :class:`DataError`: there are no labels."""
+        raise DataError(f"{self.record(index).path}: a folder of images has no labels")
+
+
+def _is_image(path: Path) -> bool:
+    # Files that begin with a dot are no one's images: macOS leaves "._name.jpg" beside every copied file.
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+
+
+def _relative_to(path: Path, root: Path) -> str:
+    try:
+        return path.relative_to(root).as_posix()
+    except ValueError:
+        raise DataError(f"{path}: lies outside root {root}; leave root out or name a folder above the images") from None
+
+
+def _before_wildcard(pattern: str) -> Path:
+    parts = Path(pattern).parts
+    first = next(position for position, part in enumerate(parts) if glob.has_magic(part))
+    return Path(*parts[:first])
+
+
+def _listed(list_file: str, root: Path) -> list[str]:
+    names = [check_relative(line, list_file) for line in read_list(list_file)]
+    if len(set(names)) < len(names):
+        raise DataError(f"{list_file}: listed twice: {name_some(sorted({n for n in names if names.count(n) > 1}))}")
+    if missing := [name for name in names if not (root / name).is_file()]:
+        raise DataError(f"{list_file}: {len(missing)} images are not in {root}: {name_some(missing)}")
+    return names
