@@ -83,7 +83,7 @@ class Fusion(nnx.Module):
     ) -> Float[Array, "batch new_height new_width channels"]:
         if finer is not None:
             running = running + self.unit1(finer)
-        # Projected before the upsampling, not after: they commute (a resize's weights sum to one), at a quarter the cost.
+        # Projected before the upsampling, not after: they commute (a resize's weights sum to one) at a quarter the cost.
         return resize(self.project(self.unit2(running)), size, align_corners=True)
 
 

@@ -1,0 +1,215 @@
+"""DINOv2 equals Hugging Face's on re-randomised weights; counts its parameters; resizes positions in three ways."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+
+from cast_jax.models.dinov2 import DinoV2, DinoV2Config, dinov2_b, dinov2_l, dinov2_s, tiny
+
+SIZES = {"embed_dim": 24, "depth": 3, "num_heads": 2, "patch_size": 4, "position_grid": 5}
+
+
+def parameters(model: nnx.Module) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def small(**changes) -> DinoV2:
+    return DinoV2(DinoV2Config(**SIZES | changes), rngs=nnx.Rngs(0))
+
+
+def images(height: int, width: int, batch: int = 2) -> np.ndarray:
+    return np.random.default_rng(3).normal(size=(batch, height, width, 3)).astype(np.float32)
+
+
+def reference(registers: int, swiglu: bool) -> torch.nn.Module:
+    """A tiny Hugging Face model in which no tensor is zero or constant."""
+    name = "Dinov2WithRegisters" if registers else "Dinov2"
+    extra = {"num_register_tokens": registers} if registers else {}
+    config = getattr(transformers, f"{name}Config")(
+        hidden_size=24, num_hidden_layers=3, num_attention_heads=2, patch_size=4, image_size=20,
+        use_swiglu_ffn=swiglu, attn_implementation="eager", **extra,
+    )  # fmt: skip
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model
+
+
+def copy_weights(source: torch.nn.Module, target: DinoV2) -> None:
+    """Fills every parameter of ``target`` but the mask token, in the order of the modules."""
+
+    def array(parameter: torch.Tensor) -> jax.Array:
+        return jnp.asarray(parameter.detach().numpy())
+
+    def linear(ours: nnx.Linear, theirs: torch.nn.Linear) -> None:
+        ours.kernel[...], ours.bias[...] = array(theirs.weight.T), array(theirs.bias)
+
+    def norm(ours: nnx.LayerNorm, theirs: torch.nn.LayerNorm) -> None:
+        ours.scale[...], ours.bias[...] = array(theirs.weight), array(theirs.bias)
+
+    embeddings = source.embeddings
+    target.class_token[...] = array(embeddings.cls_token[0])
+    target.position_embedding[...] = array(embeddings.position_embeddings[0])
+    if target.config.num_register_tokens:
+        target.register_tokens[...] = array(embeddings.register_tokens[0])
+    target.patch_embedding.kernel[...] = array(embeddings.patch_embeddings.projection.weight.permute(2, 3, 1, 0))
+    target.patch_embedding.bias[...] = array(embeddings.patch_embeddings.projection.bias)
+    norm(target.norm, source.layernorm)
+    for ours, theirs in zip(target.blocks, source.encoder.layer, strict=True):
+        norm(ours.norm1, theirs.norm1)
+        norm(ours.norm2, theirs.norm2)
+        ours.layer_scale1.gamma[...] = array(theirs.layer_scale1.lambda1)
+        ours.layer_scale2.gamma[...] = array(theirs.layer_scale2.lambda1)
+        attention = ours.attention
+        for name, layer in zip(("query", "key", "value", "out"), ("q_proj", "k_proj", "v_proj", "o_proj"), strict=True):
+            linear(getattr(attention, name), getattr(theirs.attention, layer))
+        names = ("fc1", "fc2") if target.config.ffn == "mlp" else ("gate", "up", "down")
+        layers = names if target.config.ffn == "mlp" else ("gate_proj", "up_proj", "down_proj")
+        for name, layer in zip(names, layers, strict=True):
+            linear(getattr(ours.mlp, name), getattr(theirs.mlp, layer))
+
+
+@pytest.mark.parametrize(
+    ("registers", "ffn", "size"),
+    [(0, "mlp", (12, 28)), (0, "swiglu", (20, 20)), (3, "mlp", (28, 12)), (3, "mlp", (8, 12))],
+)
+def test_equals_hugging_face(registers, ffn, size):
+    theirs = reference(registers, swiglu=ffn == "swiglu")
+    ours = small(num_register_tokens=registers, ffn=ffn, position_offset=0.0, position_antialias=registers > 0)
+    copy_weights(theirs, ours)
+    inputs = images(*size)
+    with torch.no_grad():
+        result = theirs(torch.from_numpy(inputs).permute(0, 3, 1, 2), output_hidden_states=True)
+        earlier = theirs.layernorm(result.hidden_states[2]).numpy()
+    middle, last = ours.tokens(inputs, layers=(1, 2))
+    expected = result.last_hidden_state.numpy()
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(last, expected, atol=5e-5)
+    np.testing.assert_allclose(middle, earlier, atol=5e-5)
+    patches = expected[:, 1 + registers :].reshape(2, size[0] // 4, size[1] // 4, -1)
+    np.testing.assert_allclose(ours(inputs, layers=(2,))[0], patches, atol=5e-5)
+
+
+def test_gradients_equal_hugging_face():
+    theirs, ours = reference(0, swiglu=False), small(position_offset=0.0)
+    copy_weights(theirs, ours)
+    inputs = images(12, 16)
+    weights = np.random.default_rng(4).normal(size=(2, 13, 24)).astype(np.float32)
+    output = theirs(torch.from_numpy(inputs).permute(0, 3, 1, 2)).last_hidden_state
+    (output * torch.from_numpy(weights)).sum().backward()
+    graph, state = nnx.split(ours)
+    grads = jax.grad(lambda s: (nnx.merge(graph, s).tokens(inputs, layers=(2,))[0] * weights).sum())(state)
+    pairs = [
+        (grads["position_embedding"], theirs.embeddings.position_embeddings.grad[0]),
+        (
+            grads["patch_embedding"]["kernel"],
+            theirs.embeddings.patch_embeddings.projection.weight.grad.permute(2, 3, 1, 0),
+        ),
+        (grads["blocks"][0]["attention"]["query"]["kernel"], theirs.encoder.layer[0].attention.q_proj.weight.grad.T),
+        (grads["blocks"][1]["mlp"]["fc1"]["kernel"], theirs.encoder.layer[1].mlp.fc1.weight.grad.T),
+    ]
+    for mine, other in pairs:
+        scale = other.abs().max().item()
+        assert scale > 1e-2
+        np.testing.assert_allclose(mine[...] / scale, other.numpy() / scale, atol=5e-5)
+
+
+@pytest.mark.parametrize("size", [(12, 28), (40, 24), (20, 24)])
+def test_official_position_offset(size):
+    """The official release resizes by ``scale_factor=(n + 0.1) / grid`` instead of by size."""
+    model = small(position_offset=0.1)
+    rows, columns = size[0] // 4, size[1] // 4
+    table = torch.from_numpy(np.array(model.position_embedding[...])).double()
+    factors = ((rows + 0.1) / 5, (columns + 0.1) / 5)
+    resized = torch.nn.functional.interpolate(
+        table[1:].reshape(1, 5, 5, 24).permute(0, 3, 1, 2), scale_factor=factors, mode="bicubic"
+    )
+    expected = resized.permute(0, 2, 3, 1).reshape(1, -1, 24).float().numpy()
+    model.patch_embedding.kernel[...] *= 0.0
+    np.testing.assert_allclose(model._embed(images(*size, batch=1))[:, 1:], expected, atol=1e-6)
+
+
+def test_the_trained_grid_is_used_as_it_is():
+    model = small(position_offset=0.1)
+    np.testing.assert_array_equal(model._patch_positions((5, 5)).reshape(25, 24), model.position_embedding[...][1:])
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (dinov2_s(), 22_056_576),
+        (dinov2_s(num_register_tokens=4), 22_058_112),
+        (dinov2_b(), 86_580_480),
+        (dinov2_l(), 304_368_640),
+    ],
+)
+def test_parameter_counts(config, count):
+    assert parameters(nnx.eval_shape(lambda: DinoV2(config, rngs=nnx.Rngs(0)))) == count
+
+
+def test_registers_choose_their_position_convention():
+    assert (dinov2_s().position_offset, dinov2_s().position_antialias) == (0.1, False)
+    config = dinov2_s(num_register_tokens=4)
+    assert (config.position_offset, config.position_antialias) == (0.0, True)
+    assert dinov2_s(num_register_tokens=4, position_offset=0.1).position_offset == 0.1
+
+
+def test_rematerialisation_changes_nothing():
+    inputs = images(8, 12)
+
+    def gradient(remat: bool):
+        graph, state = nnx.split(small(remat=remat, dropout=0.2, drop_path=0.2))
+
+        def loss(state):
+            (features,) = nnx.merge(graph, state)(inputs, layers=(2,), rngs=nnx.Rngs(dropout=5))
+            return (features**2 * jnp.arange(24)).sum()
+
+        return jax.value_and_grad(loss)(state)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), gradient(False), gradient(True))
+
+
+def test_randomness_only_with_rngs():
+    model, inputs = small(dropout=0.5, drop_path=0.5), images(8, 8)
+    plain = small()(inputs, layers=(2,))[0]
+    np.testing.assert_array_equal(model(inputs, layers=(2,))[0], plain)
+    first, second = (model(inputs, layers=(2,), rngs=nnx.Rngs(dropout=seed))[0] for seed in (0, 1))
+    assert np.abs(first - plain).max() > 1e-2
+    assert np.abs(first - second).max() > 1e-2
+
+
+def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
+    model = DinoV2(tiny(depth=2), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("float32")}
+    (features,) = model(images(16, 24), layers=(1,))
+    exact = DinoV2(tiny(depth=2), rngs=nnx.Rngs(0))(images(16, 24), layers=(1,))[0]
+    assert features.dtype == jnp.bfloat16
+    assert features.shape == (2, 2, 3, 96)
+    np.testing.assert_allclose(features.astype(jnp.float32), exact, atol=0.1)
+
+
+def test_layers_are_returned_in_the_order_asked_for():
+    model, inputs = small(), images(8, 8)
+    first, last = model(inputs, layers=(0, 2))
+    swapped = model(inputs, layers=(2, 0))
+    np.testing.assert_array_equal(swapped[0], last)
+    np.testing.assert_array_equal(swapped[1], first)
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match=r"multiples of the patch size 4, got 12x30"):
+        small()(images(12, 30), layers=(2,))
+    with pytest.raises(ValueError, match=r"from 0 to 2, got \(3,\)"):
+        small()(images(8, 8), layers=(3,))
+    with pytest.raises(ValueError, match="multiple of num_heads"):
+        DinoV2Config(embed_dim=10, depth=1, num_heads=3)
+    with pytest.raises(ValueError, match="ffn must be"):
+        tiny(ffn="relu")
