@@ -191,7 +191,11 @@ def precision_recall_figure(precision: Float[np.ndarray, "thresholds recalls cla
     else:
         axes.text(0.5, 0.5, "no ground truth", ha="center", va="center", color="#808080")
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
-    axes.set_title(f"Mask precision and recall, mean of {known.shape[2]} classes", loc="left", fontsize=11)
+    axes.set_title(
+        f"Mask precision and recall, mean over {known.shape[2]} of {precision.shape[2]} classes",
+        loc="left",
+        fontsize=11,
+    )
     axes.grid(color="#d8d8d8", lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
