@@ -1,0 +1,1 @@
+"""The paper's heart: fused map, debias score, exact samplers, the contrastive loss and its diagnostics."""

@@ -1,0 +1,70 @@
+"""What can be chosen about the pixel-wise contrastive loss."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from cast_jax.contrastive.fused_map import MAPS
+from cast_jax.contrastive.samplers import SAMPLERS, number_of_slots
+from cast_jax.core.errors import UserError
+
+SCOPES = ("batch", "image")
+LOSSES = ("infonce", "hinge")
+SCORE_NAMES = ("d", "d_squared", "d_sqrt")
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastiveConfig:
+    """Options of the contrastive loss; the defaults are the paper's, or chosen where the paper is silent.
+
+    Attributes:
+        num_negatives: K, draws per anchor, with replacement.
+        temperature: τ.
+        map: what pixels are compared by: ``fusion``, ``mask``, ``class``, or ``uniform`` (every candidate alike).
+        score: ``d``, ``d_squared`` or ``d_sqrt``.
+        scope: candidates are the pixels of the whole (global) ``batch``, or of the anchor's own ``image``.
+        loss: ``infonce`` (NT-Xent) or ``hinge``.
+        margin: of the hinge loss, between cosine similarities.
+        symmetric: also uses strong anchors with weak keys; both directions are averaged.
+        sampler: ``mixture_proposals`` (fast), ``inverse_cdf`` or ``categorical`` (the references); all exact.
+        slots: length of the pool of proposals that a group of anchors shares, a multiple of 32; None plans it.
+        group_size: anchors that share a pool. Fewer pools are cheaper, but correlate the anchors' noise.
+        num_anchors: anchors per image, drawn without replacement from its valid pixels; None takes all pixels.
+    """
+
+    num_negatives: int = 256
+    temperature: float = 0.2
+    map: str = "fusion"
+    score: str = "d"
+    scope: str = "batch"
+    loss: str = "infonce"
+    margin: float = 0.1
+    symmetric: bool = False
+    sampler: str = "mixture_proposals"
+    slots: int | None = None
+    group_size: int = 128
+    num_anchors: int | None = None
+
+    def __post_init__(self) -> None:
+        known = {"map": MAPS, "score": SCORE_NAMES, "scope": SCOPES, "loss": LOSSES, "sampler": SAMPLERS}
+        for key, values in known.items():
+            if getattr(self, key) not in values:
+                raise UserError(f"contrastive.{key} = {getattr(self, key)!r} is unknown; known: {', '.join(values)}")
+        for key in ("num_negatives", "temperature", "group_size", "num_anchors"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise UserError(f"contrastive.{key} = {value!r} must be greater than 0")
+        if self.slots is not None and (self.slots <= 0 or self.slots % 32):
+            raise UserError(f"contrastive.slots = {self.slots!r} must be a positive multiple of 32, or None")
+        if not self.margin >= 0:
+            raise UserError(f"contrastive.margin = {self.margin!r} must not be negative")
+
+    @property
+    def sampling_score(self) -> str:
+        """The score that the sampler follows: a uniform map compares nothing, so d ≡ 1."""
+        return "uniform" if self.map == "uniform" else self.score
+
+    @property
+    def num_slots(self) -> int:
+        """Length of the shared pool, planned so that less than one row in a million stays short."""
+        return number_of_slots(self.num_negatives, self.sampling_score) if self.slots is None else self.slots

@@ -1,0 +1,46 @@
+"""Reads the weak view's features at the positions that the strong view shows."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from cast_jax.core.geometry import apply_affine, bilinear_sample, inside_box, pixel_centres, scale_positions
+
+
+def correspond(
+    features_weak: Float[Array, "batch height width channels"],
+    strong_to_weak: Float[Array, "batch 2 3"],
+    valid_box_strong: Float[Array, "batch 4"],
+    image_size: tuple[int, int],
+    *,
+    valid_box_weak: Float[Array, "batch 4"] | None = None,
+    strong_grid: tuple[int, int] | None = None,
+) -> tuple[Float[Array, "batch pixels channels"], Bool[Array, "batch pixels"]]:
+    """The weak view's features at every feature pixel of the strong view, row by row, and which of them are real.
+
+    A strong pixel's centre is carried to the image, through the recorded affine map to the weak image, and down to the
+    weak feature grid, where the features are read bilinearly. A pixel is valid when its centre lies in the strong
+    view's real part and its counterpart in the weak view's (the whole canvas unless ``valid_box_weak`` is given).
+
+    Args:
+        strong_to_weak: maps (y, x) positions, in pixels of the input image, from the strong view to the weak one.
+        valid_box_strong: (top, left, bottom, right) of the real pixels, in pixels of the input image.
+        image_size: (height, width) of the input image, common to both views.
+        strong_grid: (height, width) of the strong view's features; the weak view's by default.
+    """
+    weak_grid = (features_weak.shape[1], features_weak.shape[2])
+    grid = weak_grid if strong_grid is None else strong_grid
+    in_strong = scale_positions(pixel_centres(*grid), grid, image_size)
+    canvas = jnp.array([0, 0, *image_size], jnp.float32)
+    boxes_weak = jnp.broadcast_to(canvas, valid_box_strong.shape) if valid_box_weak is None else valid_box_weak
+
+    def read(features, affine, box_strong, box_weak):
+        in_weak = apply_affine(affine, in_strong)
+        valid = inside_box(box_strong, in_strong) & inside_box(box_weak, in_weak) & inside_box(canvas, in_weak)
+        # Border values stand in where there is no counterpart; a non-finite position must not reach the gather.
+        position = jnp.where(valid[:, None], in_weak, 0.0)
+        return bilinear_sample(features, scale_positions(position, image_size, weak_grid)), valid
+
+    return jax.vmap(read)(features_weak, strong_to_weak, valid_box_strong, boxes_weak)
