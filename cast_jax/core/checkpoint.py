@@ -1,0 +1,237 @@
+"""Saving and restoring a training run: the one module around orbax.
+
+A checkpoint holds the state's arrays, the data loader's position and a small metadata record. Orbax writes into a
+temporary folder and renames it, so a killed run leaves a whole checkpoint or none. Restoring always names the target
+shardings, so a run saved on eight GPUs opens on one CPU.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Int
+
+from cast_jax.core.errors import UserError
+from cast_jax.core.files import read_json, write_json
+from cast_jax.core.rules import named_leaves, nearest
+
+logger = logging.getLogger(__name__)
+EVALUATIONS = "evaluations.json"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes.
+
+    Attributes:
+      step: int32 scalar, the number of updates made.
+      params: the trained network.
+      opt_state: of the optimiser.
+      ema: moving average of ``params``, or None.
+      bank: a recipe's own arrays (memory bank of past embeddings), or None.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    ema: Any = None
+    bank: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint that was read: the state on its shardings, the loader's position (None if unknown), metadata."""
+
+    state: TrainState
+    loader_state: Any
+    metadata: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one trained step; a context manager that finishes pending writes on exit.
+
+    Args:
+      folder: holds one subfolder a step, and ``evaluations.json``.
+      keep: how many of the newest to keep; the best by ``best_metric`` is kept besides.
+      best_metric: name in the metrics given to :meth:`record_evaluation`, higher is better; None keeps no best.
+      asynchronous: write in the background. None: on accelerators only, because on a CPU orbax reads the very buffers
+        that the next, donating step overwrites.
+    """
+
+    def __init__(
+        self, folder: Path, *, keep: int = 2, best_metric: str | None = None, asynchronous: bool | None = None
+    ) -> None:
+        if keep < 1:
+            raise UserError(f"keep is {keep}: at least one checkpoint must be kept")
+        self.folder = Path(folder).absolute()
+        self.keep = keep
+        self.best_metric = best_metric
+        # Orbax reports each file at INFO; the root handlers of a user's program need not hear it.
+        logging.getLogger("absl").setLevel(max(logging.WARNING, logging.getLogger("absl").level))
+        self._asynchronous = jax.default_backend() != "cpu" if asynchronous is None else asynchronous
+        options = ocp.CheckpointManagerOptions(
+            create=True, cleanup_tmp_directories=True, enable_async_checkpointing=self._asynchronous
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Finishes pending writes."""
+        self._manager.wait_until_finished()
+        self._prune()
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """The steps that are there, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def latest(self) -> int | None:
+        """The newest step, or None."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """The saved step with the highest ``best_metric`` (the earliest of equals), or None."""
+        if self.best_metric is None:
+            return None
+        scored = {step: metrics.get(self.best_metric, math.nan) for step, metrics in self.evaluations().items()}
+        known = [step for step in self.steps() if math.isfinite(scored.get(step, math.nan))]
+        return max(known, key=lambda step: (scored[step], -step), default=None)
+
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """The recorded metrics by step."""
+        path = self.folder / EVALUATIONS
+        return {int(step): metrics for step, metrics in read_json(path).items()} if path.exists() else {}
+
+    def record_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Stores the evaluation of ``step``; those of later steps (of a run that was rewound) are dropped."""
+        if self.best_metric is not None and self.best_metric not in metrics:
+            raise UserError(f"best_metric {self.best_metric!r} is not evaluated; {nearest(self.best_metric, metrics)}")
+        kept = {old: values for old, values in self.evaluations().items() if old < step}
+        if jax.process_index() == 0:
+            write_json(
+                self.folder / EVALUATIONS, {str(old): values for old, values in (kept | {step: metrics}).items()}
+            )
+
+    def save(self, state: TrainState, loader_state: Any, metadata: dict[str, Any]) -> None:
+        """Saves ``state`` under its step unless it is there, and removes what need not be kept.
+
+        ``loader_state`` is bytes or a JSON value. Returns once ``state`` may be donated. In the background an old
+        checkpoint is removed only when the next save begins, so that there is a whole one at any time.
+        """
+        step = int(state.step)
+        if step in self.steps():
+            return
+        self._manager.wait_until_finished()
+        self._prune()
+        record = {"metadata": metadata, "loader": _gather(loader_state), "shapes": _shapes(state)}
+        items = {"state": ocp.args.StandardSave(state), "record": ocp.args.JsonSave(record)}
+        self._manager.save(step, args=ocp.args.Composite(**items))
+        if not self._asynchronous:
+            self._prune()
+
+    def restore(self, like: TrainState) -> Restored | None:
+        """The newest readable checkpoint, or None if there is none.
+
+        ``like`` gives shapes, dtypes and shardings (arrays or ``ShapeDtypeStruct``). A checkpoint that cannot be read
+        is set aside with a warning and the one before is tried. Raises :class:`UserError` if none can be read, or if
+        the parameters are those of another configuration.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                restored = self._read(step, like)
+            except UserError:
+                raise
+            except Exception as error:  # orbax and tensorstore raise many types for a damaged file
+                reason = str(error).strip().split("\n")[0][:200]
+                logger.warning(
+                    "checkpoint %d in %s cannot be read (%s); trying the one before", step, self.folder, reason
+                )
+                self._set_aside(step)
+                continue
+            return restored
+        if steps:
+            raise UserError(f"no checkpoint in {self.folder} can be read; delete that folder to start this step anew")
+        return None
+
+    def _read(self, step: int, like: TrainState) -> Restored:
+        record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+        _check_shapes(record["shapes"], _shapes(like), self.folder / str(step))
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        state = self._manager.restore(step, args=arguments)["state"]
+        return Restored(state, _own_part(record["loader"], self.folder / str(step)), record["metadata"])
+
+    def _prune(self) -> None:
+        steps = self.steps()
+        for old in steps[: -self.keep]:
+            if old != self.best():
+                self._manager.delete(old)
+
+    def _set_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            (self.folder / str(step)).rename(self.folder / f"unreadable-{step}")
+        multihost_utils.sync_global_devices(f"set aside {step}")
+        self._manager.reload()
+
+
+def _shapes(state: TrainState) -> dict[str, str]:
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in named_leaves(state).items()}
+
+
+def _check_shapes(saved: dict[str, str], wanted: dict[str, str], path: Path) -> None:
+    """Raises :class:`UserError` listing every difference between a checkpoint's arrays and this run's."""
+    faults = [f"{name}: saved but not in this model" for name in saved if name not in wanted]
+    faults += [f"{name}: in this model but not saved" for name in wanted if name not in saved]
+    faults += [
+        f"{name}: saved {shape}, now {wanted[name]}"
+        for name, shape in saved.items()
+        if wanted.get(name, shape) != shape
+    ]
+    if faults:
+        shown = "\n  ".join(faults[:20]) + (f"\n  and {len(faults) - 20} more" if len(faults) > 20 else "")
+        raise UserError(
+            f"{path} was saved with another configuration; use another workdir, or the configuration it was made "
+            f"with:\n  {shown}"
+        )
+
+
+def _gather(loader_state: Any) -> list[Any]:
+    """The JSON form of every process's loader state, in the order of processes."""
+    own = json.dumps(
+        {"base64": base64.b64encode(loader_state).decode()} if isinstance(loader_state, bytes) else loader_state
+    )
+    if jax.process_count() == 1:
+        return [own]
+    encoded = np.frombuffer(own.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.asarray(len(encoded)))
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(encoded)] = encoded
+    rows = multihost_utils.process_allgather(padded)
+    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
+
+
+def _own_part(gathered: list[str], path: Path) -> Any:
+    if len(gathered) != jax.process_count():
+        logger.warning(
+            "%s: saved by %d processes, now %d: the data starts anew", path, len(gathered), jax.process_count()
+        )
+        return None
+    value = json.loads(gathered[jax.process_index()])
+    return base64.b64decode(value["base64"]) if isinstance(value, dict) and set(value) == {"base64"} else value

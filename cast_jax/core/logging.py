@@ -1,0 +1,130 @@
+"""What a run leaves to read: log.txt, metrics.jsonl, TensorBoard events, environment.json."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from cast_jax.core.files import atomic_write
+
+PACKAGES = ("cast_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pycocotools")
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes above a progress bar rather than through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def setup_logging(path: Path | None = None, *, level: int = logging.INFO) -> logging.Logger:
+    """Sends the package's log to the console, from ``level`` on, and appends all of it to ``path`` with times.
+
+    Processes other than the first stay silent below WARNING. Calling again replaces the previous set-up.
+    """
+    logger = logging.getLogger("cast_jax")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.setLevel(logging.DEBUG if jax.process_index() == 0 else logging.WARNING)
+    logger.propagate = False
+    console = _ConsoleHandler(level)
+    console.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(console)
+    if path is not None and jax.process_index() == 0:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(path, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(file)
+    return logger
+
+
+class MetricsWriter:
+    """Appends one line a logged step to ``folder/metrics.jsonl``, and the same values to TensorBoard.
+
+    Args:
+      folder: the trained step's folder.
+      step: the step that the run continues from. Lines beyond it, and a line cut in half, are removed, so that a
+        resumed run lists no step twice.
+      tensorboard: write event files.
+    """
+
+    def __init__(self, folder: Path, *, step: int = 0, tensorboard: bool = True) -> None:
+        self.path = Path(folder) / "metrics.jsonl"
+        self._events: SummaryWriter | None = None
+        self._file = None
+        self._present: set[tuple[int, frozenset[str]]] = set()
+        if jax.process_index():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [line for line in read_metrics(self.path) if line["step"] <= step]
+        self._present = {(line["step"], frozenset(line) - {"step"}) for line in lines}
+        atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        self._file = self.path.open("a", encoding="utf-8")
+        if tensorboard:
+            self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends ``values`` (name -> number) of ``step``, unless an earlier run wrote the same names for that step."""
+        if self._file is None or (step, frozenset(values)) in self._present:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items() if self._events is not None else ():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes both files."""
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; none if there is no file. A last line cut in half by a kill is left out."""
+    path = Path(path)
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    return [json.loads(line) for line in whole]
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for ``environment.json``: enough to say where a figure was measured."""
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "backend": jax.default_backend(),
+        "device": device.device_kind,
+        "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

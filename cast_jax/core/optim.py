@@ -1,0 +1,156 @@
+"""The optimiser: AdamW with schedules, clipping, and rules over parameter paths.
+
+The rules say per parameter: its learning-rate multiplier, whether it decays, whether it is trained at all. A frozen
+parameter has no moments, and since its gradient is never asked for, XLA drops its part of the backward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from cast_jax.core.errors import UserError
+from cast_jax.core.rules import match_any, match_rules, named_leaves, unnamed
+
+Named = dict[str, Array]
+Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
+
+# Customary since BERT and DeiT: matrices and kernels decay; vectors, norms and learned tables (positions, tokens,
+# queries) do not. Applied without strictness, because no single network has all of them.
+NO_DECAY = (
+    r"(.*/)?(bias|scale|gamma|lambda1|layer_scale)",
+    r"(.*/)?[^/]*(norm|layer_scale|position|queries|query_embed|query_feat|level_embed|token)[^/]*(/.*)?",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019) and its schedule.
+
+    Attributes:
+      learning_rate: peak, per step, not scaled by the batch size.
+      schedule: "constant", "multi_step", "polynomial" or "cosine"; each after a linear warmup.
+      warmup_steps: the rate is learning_rate * (step + 1) / (warmup_steps + 1) before this step.
+      milestones: multi_step only, fractions of the run after which the rate is multiplied by ``decay_factor``.
+      power: polynomial only, (1 - progress) ** power.
+      weight_decay: decoupled, multiplied by the parameter's own learning rate.
+      clip_norm: global norm of the gradients of all trained parameters; None for no clipping.
+      learning_rate_rules: (pattern, multiplier) pairs; every trained parameter must match.
+      no_decay: patterns of parameters without weight decay; None stands for ``NO_DECAY``.
+      frozen: patterns of parameters that are not trained.
+    """
+
+    learning_rate: float = 1e-4
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    milestones: tuple[float, ...] = (0.9, 0.95)
+    decay_factor: float = 0.1
+    power: float = 0.9
+    weight_decay: float = 0.05
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float | None = 0.1
+    learning_rate_rules: tuple[tuple[str, float], ...] = ((".*", 1.0),)
+    no_decay: tuple[str, ...] | None = None
+    frozen: tuple[str, ...] = ()
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
+    """The learning rate of step 0, 1, ..., ``steps`` - 1. The schedule proper starts when the warmup ends."""
+    if not 0 <= config.warmup_steps < max(steps, 1):
+        raise UserError(f"optimizer.warmup_steps is {config.warmup_steps}, but must lie in [0, steps={steps})")
+    peak, length = config.learning_rate, max(steps - config.warmup_steps, 1)
+    boundaries = [round(fraction * steps) - config.warmup_steps for fraction in config.milestones]
+    schedules: dict[str, Callable[[], Any]] = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "multi_step": lambda: optax.piecewise_constant_schedule(peak, dict.fromkeys(boundaries, config.decay_factor)),
+        "polynomial": lambda: optax.polynomial_schedule(peak, 0.0, config.power, length),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, length),
+    }
+    if config.schedule not in schedules:
+        raise UserError(f"optimizer.schedule is {config.schedule!r}; known: {', '.join(sorted(schedules))}")
+    after = schedules[config.schedule]()
+
+    def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
+        step = jnp.asarray(step, jnp.float32)
+        warming = peak * (step + 1) / (config.warmup_steps + 1)
+        return jnp.where(step < config.warmup_steps, warming, after(jnp.maximum(step - config.warmup_steps, 0)))
+
+    return schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """The pure functions of one run; made by :func:`make_optimizer`.
+
+    Attributes:
+      schedule: step -> learning rate, before multipliers.
+      multipliers: learning-rate multiplier of each trained parameter, by path.
+      decayed: paths with weight decay.
+      transform: clipping and Adam's preconditioning over ``{path: gradient}``.
+    """
+
+    config: OptimizerConfig
+    schedule: Schedule
+    multipliers: dict[str, float]
+    decayed: frozenset[str]
+    transform: optax.GradientTransformation
+
+    def split(self, params: Any) -> tuple[Named, Named]:
+        """Parameters as (trained, frozen) flat dictionaries by path."""
+        named = named_leaves(params)
+        trained = {name: named[name] for name in self.multipliers}
+        return trained, {name: leaf for name, leaf in named.items() if name not in self.multipliers}
+
+    def init(self, params: Any) -> Any:
+        """The optimiser's state: moments of the trained parameters, by path."""
+        return self.transform.init(self.split(params)[0])
+
+    def apply(self, gradients: Named, opt_state: Any, params: Any, step: Int[Array, ""]) -> tuple[Any, Any]:
+        """One AdamW step; ``gradients`` hold the trained parameters by path. Returns (params, opt_state)."""
+        trained, frozen = self.split(params)
+        updates, opt_state = self.transform.update(gradients, opt_state, trained)
+        rate = self.schedule(step)
+
+        def move(name: str, parameter: Array) -> Array:
+            decay = self.config.weight_decay * parameter if name in self.decayed else 0.0
+            return (parameter - rate * self.multipliers[name] * (updates[name] + decay)).astype(parameter.dtype)
+
+        return unnamed({name: move(name, leaf) for name, leaf in trained.items()} | frozen, params), opt_state
+
+
+def make_optimizer(config: OptimizerConfig, params: Any, steps: int) -> Optimizer:
+    """Resolves the rules against ``params`` (arrays or shapes). Faulty rules raise :class:`UserError`."""
+    names = list(named_leaves(params))
+    frozen = match_any(config.frozen, names, "optimizer.frozen")
+    trained = [name for name in names if name not in frozen]
+    if not trained:
+        raise UserError(f"optimizer.frozen {config.frozen} leaves nothing to train")
+    # Rules are checked against all names, so that freezing an encoder does not make its multiplier rule a fault.
+    multipliers = match_rules(config.learning_rate_rules, names, "optimizer.learning_rate_rules")
+    patterns = NO_DECAY if config.no_decay is None else config.no_decay
+    undecayed = match_any(patterns, names, "optimizer.no_decay", strict=config.no_decay is not None)
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    return Optimizer(
+        config=config,
+        schedule=make_schedule(config, steps),
+        multipliers={name: float(multipliers[name]) for name in trained},
+        decayed=frozenset(set(trained) - undecayed),
+        transform=optax.chain(clip, optax.scale_by_adam(config.b1, config.b2, config.eps)),
+    )
+
+
+def ema_update(average: Any, params: Any, decay: float, step: Int[Array, ""]) -> Any:
+    """Exponential moving average of parameters, with UniMatch's warmup: decay = min(decay, 1 - 1 / (step + 1)).
+
+    ``step`` counts from 0, so the first update copies ``params`` and early ones are plain means.
+    """
+    kept = jnp.minimum(decay, 1.0 - 1.0 / (step + 1.0))
+    return jax.tree.map(lambda old, new: (kept * old + (1.0 - kept) * new).astype(new.dtype), average, params)

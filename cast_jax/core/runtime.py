@@ -1,0 +1,136 @@
+"""The process around a run: compilation cache, precision, memory, signals."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import platform
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cast_jax.core.errors import UserError
+
+logger = logging.getLogger(__name__)
+GIB = 2**30
+SETTINGS = {"compilation_cache": None, "debug_nans": False}
+
+
+def setup(config: Mapping[str, Any] | None = None) -> None:
+    """Applies process-wide jax settings; call once, before the first computation.
+
+    ``config`` may set ``compilation_cache`` (a folder; None: under the XDG cache; "": off) and ``debug_nans`` (stop at
+    the operation that makes a NaN; slow). Unknown keys raise :class:`UserError`.
+    """
+    config = dict(config or {})
+    if unknown := set(config) - set(SETTINGS):
+        raise UserError(f"runtime: unknown settings {sorted(unknown)}; known: {', '.join(SETTINGS)}")
+    settings = SETTINGS | config
+    folder = settings["compilation_cache"]
+    folder = str(default_cache_folder()) if folder is None else folder
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_debug_nans", bool(settings["debug_nans"]))
+    for note in platform_notes():
+        logger.warning("%s", note)
+
+
+def default_cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/cast_jax/xla-<machine>``.
+
+    One folder a kind of processor: XLA:CPU stores machine code, which another processor may not run.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return root / "cast_jax" / f"xla-{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+
+
+def platform_notes() -> list[str]:
+    """What a person should know about this machine before a long run."""
+    notes = []
+    if jax.default_backend() == "cpu" and Path("/proc/driver/nvidia/version").exists():
+        notes.append("an NVIDIA GPU is here but jax runs on the CPU: pip install 'cast_jax[cuda]'")
+    return notes
+
+
+def compute_dtype(backend: str | None = None) -> Any:
+    """bfloat16 on gpu and tpu, float32 on cpu (where XLA has no fast bfloat16 path). Parameters stay float32."""
+    return jnp.float32 if (backend or jax.default_backend()) == "cpu" else jnp.bfloat16
+
+
+def host_memory_gib() -> float | None:
+    """Resident memory of this process now, GiB; None where the system does not say."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    kibibytes = [int(line.split()[1]) for line in lines if line.startswith("VmRSS:")]
+    return kibibytes[0] * 1024 / GIB if kibibytes else None
+
+
+def device_memory_gib() -> float | None:
+    """The most memory in use so far on the fullest local device, GiB; None on a CPU."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [values["peak_bytes_in_use"] for values in stats if values and "peak_bytes_in_use" in values]
+    return max(peaks) / GIB if peaks else None
+
+
+class StopSignals:
+    """Turns SIGTERM and SIGINT into a request that a loop reads, so that it can save first; a context manager.
+
+    A second signal acts at once, as it would without this class. Outside the main thread, where Python allows no
+    handlers, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._at_once = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within, a signal exits directly: for long work after which nothing new would have to be saved."""
+        self._at_once = True
+        try:
+            self.exit_if_received()
+            yield
+        finally:
+            self._at_once = False
+
+    def exit_if_received(self) -> None:
+        """Raises ``SystemExit(128 + signal)`` if a signal came."""
+        if self.received is not None:
+            raise SystemExit(128 + self.received)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self._restore()
+        name = signal.Signals(number).name
+        if self._at_once:
+            logger.warning("%s: stopping; run the same command again to continue", name)
+            self.exit_if_received()
+        logger.warning("%s: saving after the current step, then stopping", name)
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

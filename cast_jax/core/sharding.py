@@ -1,0 +1,134 @@
+"""One mesh, ``data`` x ``fsdp``, for one device or many: parameters by rules, batches over both axes.
+
+Models carry no annotations. A table of (pattern, spec) says how each parameter lies on the mesh: a spec is a tuple of
+axis names (or None) per dimension, or "auto": the largest dimension that ``fsdp`` divides, small arrays replicated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cast_jax.core.errors import UserError
+from cast_jax.core.rules import match_rules, named_leaves, unnamed
+
+AXES = ("data", "fsdp")
+RULES: tuple[tuple[str, Any], ...] = ((".*", "auto"),)
+SMALL = 2**14  # elements: below it, gathering a shard costs more than the memory it saves
+
+
+def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of ``{"data": -1, "fsdp": 1}``; one axis may be -1, which stands for all remaining devices."""
+    sizes = {"data": -1, "fsdp": 1} | dict(shape or {})
+    devices = list(jax.devices() if devices is None else devices)
+    if unknown := set(sizes) - set(AXES):
+        raise UserError(f"mesh: unknown axes {sorted(unknown)}; known: {', '.join(AXES)}")
+    free = [axis for axis in AXES if sizes[axis] == -1]
+    fixed = int(np.prod([sizes[axis] for axis in AXES if sizes[axis] != -1]))
+    if len(free) > 1 or fixed < 1 or len(devices) % fixed or (not free and fixed != len(devices)):
+        raise UserError(f"mesh {sizes} does not fit {len(devices)} devices; at most one axis is -1, the others divide")
+    shape_ = [len(devices) // fixed if sizes[axis] == -1 else sizes[axis] for axis in AXES]
+    return Mesh(np.asarray(devices).reshape(shape_), AXES)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def param_shardings(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = RULES) -> Any:
+    """A sharding for each leaf of ``params`` (arrays or shapes), in its structure. Every leaf must match a rule."""
+    named = named_leaves(params)
+    specs = match_rules(rules, named, "sharding.rules")
+    found = {name: NamedSharding(mesh, _spec(name, leaf.shape, specs[name], mesh)) for name, leaf in named.items()}
+    return unnamed(found, params)
+
+
+def like_params(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
+    """Shardings for a tree whose leaves mirror parameters (moments by path); anything else is replicated.
+
+    A leaf mirrors the parameter whose path ends its own path, if the shapes agree.
+    """
+    shapes = {name: leaf.shape for name, leaf in named_leaves(params).items()}
+    known = named_leaves(shardings)
+
+    def find(name: str, leaf: Any) -> NamedSharding:
+        parts = name.split("/")
+        suffixes = ("/".join(parts[start:]) for start in range(len(parts)))
+        match = next((suffix for suffix in suffixes if shapes.get(suffix) == leaf.shape), None)
+        return replicated(mesh) if match is None else known[match]
+
+    return unnamed({name: find(name, leaf) for name, leaf in named_leaves(tree).items()}, tree)
+
+
+def shard_params(params: Any, shardings: Any) -> Any:
+    """Places copies of ``params`` (host or device arrays) on the mesh; the result may be donated.
+
+    The copy matters: a plain ``device_put`` may hand back the very buffers it was given.
+    """
+    placed = jax.device_put(params, shardings)
+    return jax.jit(lambda tree: jax.tree.map(lambda x: x.copy(), tree), out_shardings=shardings)(placed)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Places ``tree`` whole on every device."""
+    return jax.device_put(tree, replicated(mesh))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Batches are split over all devices, along the first dimension."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Puts this process's part of a batch on the mesh, split along the first dimension of each leaf.
+
+    Leaves that already lie there are passed through. Raises :class:`UserError` where devices do not divide the batch.
+    """
+    sharding, local_devices = batch_sharding(mesh), len(mesh.local_devices)
+
+    def put(leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+            return leaf
+        check_batch_size(leaf.shape[0], local_devices)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+
+    return jax.tree.map(put, batch)
+
+
+def check_batch_size(size: int, devices: int) -> None:
+    """Raises :class:`UserError` with the nearest workable sizes if ``devices`` do not divide ``size``."""
+    if size % devices:
+        below, above = size // devices * devices, -(-size // devices) * devices
+        workable = " or ".join(str(number) for number in (below, above) if number)
+        raise UserError(
+            f"a batch of {size} cannot be split over {devices} devices; the nearest batch sizes that can: {workable}"
+        )
+
+
+def _spec(name: str, shape: tuple[int, ...], spec: Any, mesh: Mesh) -> PartitionSpec:
+    if isinstance(spec, str):
+        if spec != "auto":
+            raise UserError(f"sharding.rules: {spec!r} for {name}; write a tuple of axis names, or 'auto'")
+        return _automatic(shape, mesh.shape["fsdp"])
+    if len(spec) > len(shape):
+        raise UserError(f"sharding.rules: {name} has shape {shape}, but its spec {tuple(spec)} has more dimensions")
+    for size, axes in zip(shape, spec, strict=False):
+        axes = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+        if unknown := set(axes) - set(AXES):
+            raise UserError(f"sharding.rules: {name}: unknown axes {sorted(unknown)}; known: {', '.join(AXES)}")
+        if size % (parts := int(np.prod([mesh.shape[axis] for axis in axes]))):
+            raise UserError(f"sharding.rules: {name}: {parts} devices do not divide dimension {size} of {shape}")
+    return PartitionSpec(*spec)
+
+
+def _automatic(shape: tuple[int, ...], parts: int) -> PartitionSpec:
+    workable = [dimension for dimension, size in enumerate(shape) if size % parts == 0]
+    if parts == 1 or not workable or np.prod(shape) < SMALL:
+        return PartitionSpec()
+    largest = max(workable, key=lambda dimension: shape[dimension])
+    return PartitionSpec(*(None,) * largest, "fsdp")

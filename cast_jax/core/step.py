@@ -1,0 +1,170 @@
+"""One update of a recipe's parameters, compiled ahead of time for one mesh."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, PRNGKeyArray
+
+from cast_jax.core import metrics as metric
+from cast_jax.core.checkpoint import TrainState
+from cast_jax.core.errors import UserError
+from cast_jax.core.optim import OptimizerConfig, ema_update, make_optimizer
+from cast_jax.core.rules import named_leaves, unnamed
+from cast_jax.core.runtime import GIB
+from cast_jax.core.sharding import RULES, like_params, param_shardings, replicate, replicated, shard_params
+
+logger = logging.getLogger(__name__)
+
+
+class Trainable(Protocol):
+    """What a recipe must offer. Two methods are optional, and looked up by name.
+
+    ``init_bank()`` returns arrays that become ``state.bank``; ``post_update(state, aux)`` returns the state after an
+    update, where ``aux`` is the third value of ``loss_fn`` (None if it returns two). ``loss_fn`` finds the moving
+    average and the bank, where the run has them, as ``frozen["ema"]`` and ``frozen["bank"]``.
+    """
+
+    def init(self, key: PRNGKeyArray) -> Any:
+        """Fresh parameters."""
+        ...
+
+    def loss_fn(self, params: Any, frozen: Any, batch: Any, key: PRNGKeyArray) -> tuple[Any, ...]:
+        """(loss, {name: (sum, count)}) or (loss, metrics, aux)."""
+        ...
+
+
+class TrainStep:
+    """The update of one recipe on one mesh; pure, apart from keeping the program that it compiled.
+
+    Args:
+      steps: length of the run, for the schedule.
+      ema_decay: see :func:`cast_jax.core.optim.ema_update`; None keeps no average.
+      seed: of the initial parameters and of every update's key, ``fold_in(key, state.step)``.
+
+    Attributes:
+      like: the state's shapes, dtypes and shardings.
+    """
+
+    def __init__(
+        self,
+        recipe: Trainable,
+        *,
+        optimizer: OptimizerConfig,
+        steps: int,
+        mesh: Mesh,
+        rules: Sequence[tuple[str, Any]] = RULES,
+        ema_decay: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.recipe, self.mesh, self.ema_decay = recipe, mesh, ema_decay
+        self._init_key, step_key = jax.random.split(jax.random.key(seed))
+        self._key = replicate(step_key, mesh)
+        self._params = jax.eval_shape(recipe.init, self._init_key)
+        self.optimizer = make_optimizer(optimizer, self._params, steps)
+        self._param_shardings = param_shardings(self._params, mesh, rules)
+        shapes = jax.eval_shape(self._new_state, self._params)
+        self._shardings = like_params(shapes, self._params, self._param_shardings, mesh)
+        self.like: TrainState = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, self._shardings
+        )
+        self._program: Callable[..., Any] | None = None
+
+    def initial_state(self, params: Any = None) -> TrainState:
+        """Step 0 from ``params`` (copied), or from ``recipe.init``. Raises :class:`UserError` where they do not fit."""
+        if params is None:
+            params = jax.jit(self.recipe.init, out_shardings=self._param_shardings)(self._init_key)
+        else:
+            _check_params(params, self._params)
+            params = shard_params(params, self._param_shardings)
+        return jax.jit(self._new_state, out_shardings=self._shardings)(params)
+
+    def place(self, frozen: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The frozen arrays on the mesh, split over ``fsdp`` like parameters."""
+        frozen = dict(frozen or {})
+        return jax.device_put(frozen, param_shardings(frozen, self.mesh)) if jax.tree.leaves(frozen) else frozen
+
+    def compile(self, name: str, state: TrainState, frozen: dict[str, Any], batch: Any) -> None:
+        """Compiles for these shapes, and says how long it took and how much memory a step needs."""
+        logger.info("compiling the %s step ...", name)
+        begin = time.monotonic()
+        everywhere = replicated(self.mesh)
+        jitted = jax.jit(self._step, donate_argnums=0, out_shardings=(self._shardings, everywhere, everywhere))
+        program = jitted.lower(state, frozen, batch, self._key).compile()
+        self._program = program
+        memory = program.memory_analysis()
+        size = ""
+        if memory is not None:
+            used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+            size = f"; {name} step: {(used + memory.temp_size_in_bytes) / GIB:.2f} GiB a device"
+        logger.info("compiling the %s step done in %.1f s%s", name, time.monotonic() - begin, size)
+
+    def __call__(
+        self, state: TrainState, frozen: dict[str, Any], batch: Any
+    ) -> tuple[TrainState, dict[str, metric.Pair], Bool[Array, ""]]:
+        """(new state, metrics, whether loss and gradients were finite). ``state`` is donated; nothing is waited for."""
+        assert self._program is not None, "compile first"
+        return self._program(state, frozen, batch, self._key)
+
+    def _new_state(self, params: Any) -> TrainState:
+        init_bank = getattr(self.recipe, "init_bank", None)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=self.optimizer.init(params),
+            ema=None if self.ema_decay is None else jax.tree.map(jnp.copy, params),
+            bank=None if init_bank is None else init_bank(),
+        )
+
+    def _step(self, state: TrainState, frozen: dict[str, Any], batch: Any, key: PRNGKeyArray) -> tuple[Any, Any, Any]:
+        key = jax.random.fold_in(key, state.step)
+        trained, fixed = self.optimizer.split(state.params)
+        own = {name: value for name, value in (("ema", state.ema), ("bank", state.bank)) if value is not None}
+
+        def loss_fn(trained: dict[str, Array]) -> tuple[Array, tuple[Any, Any]]:
+            params = unnamed(trained | fixed, state.params)
+            loss, metrics, *aux = self.recipe.loss_fn(params, frozen | own, batch, key)
+            return loss, (metrics, aux[0] if aux else None)
+
+        (loss, (metrics, aux)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+        norm = optax.tree.norm(gradients)
+        params, opt_state = self.optimizer.apply(gradients, state.opt_state, state.params, state.step)
+        ema = state.ema if self.ema_decay is None else ema_update(state.ema, params, self.ema_decay, state.step)
+        new = TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, bank=state.bank)
+        post_update = getattr(self.recipe, "post_update", None)
+        new = new if post_update is None else post_update(new, aux)
+        metrics = {
+            "loss/total": (loss, 1.0),
+            **metrics,
+            "optimizer/gradient_norm": (norm, 1.0),
+            "optimizer/learning_rate": (self.optimizer.schedule(state.step), 1.0),
+        }
+        return new, metric.as_pairs(metrics), jnp.isfinite(loss) & jnp.isfinite(norm)
+
+
+def count_images(batch: Any) -> int:
+    """Images of a batch over all devices: the groups of ``{"labelled": ..., "unlabelled": ...}`` add up."""
+    nested = isinstance(batch, Mapping) and all(isinstance(group, Mapping) for group in batch.values())
+    groups = list(batch.values()) if nested else [batch]
+    return sum(jax.tree.leaves(group)[0].shape[0] for group in groups)
+
+
+def _check_params(params: Any, wanted: Any) -> None:
+    given, known = named_leaves(params), named_leaves(wanted)
+    faults = [f"{name}: unknown to this model" for name in given if name not in known]
+    faults += [f"{name}: missing" for name in known if name not in given]
+    faults += [
+        f"{name}: shape {given[name].shape}, wanted {leaf.shape}"
+        for name, leaf in known.items()
+        if name in given and given[name].shape != leaf.shape
+    ]
+    if faults:
+        more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise UserError("the initial parameters do not fit this model:\n  " + "\n  ".join(faults[:20]) + more)
