@@ -53,11 +53,15 @@ class Canvas:
         self.colours = np.zeros((height * SUPERSAMPLING, width * SUPERSAMPLING, 3), np.uint8)
         self.marks = np.full(self.colours.shape[:2], SKY, np.uint8)
 
-    def fill(self, polygons: Sequence[Points], colour: Colour | None, mark: int | None) -> None:
+    def fill(self, polygons: Sequence[Points] | np.ndarray, colour: Colour | None, mark: int | None) -> None:
         """Fills polygons, given in image pixels (x, y). Colour or mark stay as they are when ``None``."""
-        fixed = [np.rint(np.asarray(points) * (SUPERSAMPLING << _SHIFT)).astype(np.int32) for points in polygons]
-        if not fixed:
+        if not len(polygons):
             return
+        fine = SUPERSAMPLING << _SHIFT
+        if isinstance(polygons, np.ndarray):
+            fixed = list(np.rint(polygons * fine).astype(np.int32))
+        else:
+            fixed = [np.rint(np.asarray(points) * fine).astype(np.int32) for points in polygons]
         if colour is not None:
             cv2.fillPoly(self.colours, fixed, colour, shift=_SHIFT)
         if mark is not None:
@@ -65,9 +69,8 @@ class Canvas:
 
     def window(self, points: np.ndarray) -> tuple[slice, slice]:
         """The part of the canvas that encloses points (x, y)."""
-        low = np.floor(points.min(axis=0) * SUPERSAMPLING).astype(int) - 1
-        high = np.ceil(points.max(axis=0) * SUPERSAMPLING).astype(int) + 2
-        (left, top), (right, bottom) = np.maximum(low, 0), np.maximum(high, 0)
+        left, top = (max(int(low * SUPERSAMPLING) - 1, 0) for low in points.min(axis=0).tolist())
+        right, bottom = (max(int(high * SUPERSAMPLING) + 3, 0) for high in points.max(axis=0).tolist())
         return slice(top, bottom), slice(left, right)
 
     def shadow(self, centre: tuple[float, float], radii: tuple[float, float], strength: float) -> None:
@@ -166,11 +169,11 @@ class Figure:
         if not own.any():
             return
         height, width = own.shape
-        gain = 1 + 0.16 * self.light.side * np.linspace(-1, 1, width, dtype=np.float32)[None, :]
-        gain = gain + 0.14 * np.linspace(1, -1, height, dtype=np.float32)[:, None]
-        gain = gain + texture * rng.standard_normal((height, width), dtype=np.float32)
-        lit = np.clip(colours * gain[..., None], 0, 255).astype(np.uint8)
-        np.copyto(colours, lit, where=own[..., None])
+        gain = texture * rng.standard_normal((height, width), dtype=np.float32)
+        gain += 0.16 * self.light.side * np.linspace(-1, 1, width, dtype=np.float32)[None, :]
+        gain += 1 + 0.14 * np.linspace(1, -1, height, dtype=np.float32)[:, None]
+        lit = cv2.multiply(colours, cv2.merge([gain] * 3), dtype=cv2.CV_8U)
+        cv2.copyTo(lit, own.astype(np.uint8), colours)
 
     def _hazed(self, colour: Colour) -> Colour:
         share = self._haze

@@ -88,11 +88,11 @@ def compose(
 
 
 def _things(rng: np.random.Generator, camera: Camera) -> list[_Thing]:
-    """Who stands where: 5 to 9 draws of traffic, perhaps a group, some trees and posts."""
+    """Who stands where: 4 to 8 draws of traffic, perhaps a group, some trees and posts."""
     things: list[_Thing] = []
     kinds, weights = list(_FREQUENCY), np.asarray(list(_FREQUENCY.values()), float)
     large = 0
-    for kind in rng.choice(kinds, size=rng.integers(5, 10), p=weights / weights.sum()):
+    for kind in rng.choice(kinds, size=rng.integers(4, 9), p=weights / weights.sum()):
         if kind in _LARGE and (large := large + 1) > 2:
             kind = "person"
         if kind in ("cyclist", "motorcyclist"):
@@ -184,4 +184,4 @@ def _photograph(colours: np.ndarray, look: Look, rng: np.random.Generator) -> np
     y, x = np.linspace(-1, 1, height, dtype=np.float32), np.linspace(-1, 1, width, dtype=np.float32)
     colours *= (1 - 0.1 * (y[:, None] ** 2 + x[None, :] ** 2))[..., None]
     colours += np.float32(rng.uniform(*look.noise)) * rng.standard_normal(colours.shape, dtype=np.float32)
-    return np.clip(np.rint(colours), 0, 255).astype(np.uint8)
+    return cv2.convertScaleAbs(np.maximum(colours, 0))

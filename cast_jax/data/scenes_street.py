@@ -20,9 +20,8 @@ _NEAR, _FAR = 3.0, 120.0
 
 def pick(rng: np.random.Generator, colours: tuple[Colour, ...], spread: float = 10.0) -> Colour:
     """One of the colours, a little changed."""
-    red, green, blue = np.clip(
-        np.asarray(colours[rng.integers(len(colours))]) + rng.normal(0, spread, 3), 0, 255
-    ).tolist()
+    chosen, change = colours[rng.integers(len(colours))], rng.normal(0, spread, 3).tolist()
+    red, green, blue = (min(max(channel + more, 0.0), 255.0) for channel, more in zip(chosen, change, strict=True))
     return red, green, blue
 
 
@@ -44,23 +43,24 @@ def paint_street(canvas: Canvas, camera: Camera, light: Light, look: Look, rng: 
     size = canvas.marks.shape[::-1]
     gain = 1 + look.texture * (cv2.resize(grain, size) + cv2.resize(fine, size, interpolation=cv2.INTER_NEAREST))
     gain[canvas.marks == paper.SKY] = 1.0
-    canvas.colours = cv2.multiply(canvas.colours, cv2.merge([gain] * 3), dtype=cv2.CV_8U)
+    cv2.multiply(canvas.colours, cv2.merge([gain] * 3), dst=canvas.colours, dtype=cv2.CV_8U)
 
 
 def _sky(canvas: Canvas, camera: Camera, light: Light, look: Look, rng: np.random.Generator) -> None:
-    rows = int(np.ceil(camera.horizon * paper.SUPERSAMPLING)) + 1
-    width = canvas.marks.shape[1]
+    rows, width = int(np.ceil(camera.horizon * paper.SUPERSAMPLING)) + 1, canvas.marks.shape[1]
+    size = (width // 4, rows // 4)  # a sky is smooth: it is made small and enlarged
     top, bottom = (np.asarray(colour, np.float32) for colour in look.sky[rng.integers(len(look.sky))])
-    down = np.linspace(0, 1, rows, dtype=np.float32)[:, None, None] ** 1.3
-    across = np.linspace(-1, 1, width, dtype=np.float32)[None, :, None]
+    down = np.linspace(0, 1, size[1], dtype=np.float32)[:, None, None] ** 1.3
+    across = np.linspace(-1, 1, size[0], dtype=np.float32)[None, :, None]
     sky = top + (bottom - top) * down + 22 * light.side * across
-    puffs = cv2.resize(rng.standard_normal((5, 9), dtype=np.float32), (width, rows), interpolation=cv2.INTER_CUBIC)
-    puffs += 0.5 * cv2.resize(
-        rng.standard_normal((10, 18), dtype=np.float32), (width, rows), interpolation=cv2.INTER_CUBIC
+    large, small = (rng.standard_normal(shape, dtype=np.float32) for shape in ((5, 9), (10, 18)))
+    puffs = sum(
+        share * cv2.resize(blobs, size, interpolation=cv2.INTER_CUBIC) for share, blobs in ((1, large), (0.5, small))
     )
     cover = np.clip(puffs + 2.2 * rng.uniform(*look.clouds) - 1.2, 0, 1)[..., None] * 0.75
     cloud = bottom + 0.55 * (255 - bottom) * (0.35 if look.lamps else 1.0)
-    canvas.colours[:rows] = np.clip(sky + cover * (cloud - sky), 0, 255)
+    painted = np.clip(sky + cover * (cloud - sky), 0, 255)
+    canvas.colours[:rows] = cv2.resize(painted, (width, rows))
 
 
 def _ground(canvas: Canvas, camera: Camera, light: Light, look: Look, rng: np.random.Generator) -> None:
@@ -97,8 +97,8 @@ def _ground(canvas: Canvas, camera: Camera, light: Light, look: Look, rng: np.ra
 
 
 def _skyline(canvas: Canvas, camera: Camera, light: Light, look: Look, rng: np.random.Generator) -> None:
-    x = -200.0
-    while x < 200.0:
+    x = -110.0
+    while x < 110.0:
         wide, tall = rng.uniform(10, 26), rng.uniform(8, 34)
         green = rng.random() < 0.25
         colour = pick(rng, look.foliage if green else look.walls)
@@ -128,14 +128,20 @@ def _houses(canvas: Canvas, camera: Camera, light: Light, look: Look, rng: np.ra
         canvas.fill([face(near, far, 0, tall)], tone, paper.BUILDING)
         canvas.fill([face(near, far, tall - 0.5, tall)], mix(tone, (0, 0, 0), 0.3), paper.BUILDING)
         canvas.fill([face(near, far, 0, 0.8)], mix(tone, (0, 0, 0), 0.25), paper.BUILDING)
-        columns = np.arange(near + 1.0, far - 1.5, 2.6)
-        panes = [face(z, z + 1.4, low, low + 1.6) for low in np.arange(1.2, tall - 2.2, 2.9) for z in columns]
+        panes = _panes(camera, side, near, far, tall)
         shining = rng.random(len(panes)) < (0.4 if look.lamps else 0.1)
         lamp = (255, 208, 128) if look.lamps else (210, 228, 242)
-        canvas.fill(
-            [p for p, on in zip(panes, shining, strict=True) if not on], mix(look.glass, tone, 0.3), paper.BUILDING
-        )
-        canvas.fill([p for p, on in zip(panes, shining, strict=True) if on], mix(lamp, tone, 0.25), paper.BUILDING)
+        canvas.fill(panes[~shining], mix(look.glass, tone, 0.3), paper.BUILDING)
+        canvas.fill(panes[shining], mix(lamp, tone, 0.25), paper.BUILDING)
+
+
+def _panes(camera: Camera, side: int, near: float, far: float, tall: float) -> np.ndarray:
+    """The windows of a house's wall along the street: image pixels (x, y), ``[windows, 4, 2]``."""
+    low, start = np.meshgrid(np.arange(1.2, tall - 2.2, 2.9), np.arange(near + 1.0, far - 1.5, 2.6))
+    depth = np.stack([start, start, start + 1.4, start + 1.4], axis=-1).reshape(-1, 4)
+    up = np.stack([low, low + 1.6, low + 1.6, low], axis=-1).reshape(-1, 4)
+    scale = camera.focal / depth
+    return np.stack([camera.vanishing_x + side * WALL * scale, camera.horizon + (camera.eye - up) * scale], axis=-1)
 
 
 def tree(figure: Figure, look: Look, rng: np.random.Generator) -> None:
