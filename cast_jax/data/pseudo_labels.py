@@ -1,0 +1,246 @@
+"""The store of pseudo-labels: a folder of JSON-lines shards, each written whole, and a manifest saying whose they are.
+
+One line is one image::
+
+    {"image_id": ..., "file_name": ..., "height": ..., "width": ...,
+     "instances": [{"category_id": ..., "segmentation": RLE, "score": ..., "mask_quality": ...}, ...]}
+
+``category_id`` is the dataset's own id. A run that was stopped continues at the first shard that is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cast_jax.core.annotations import Category, Detections
+from cast_jax.core.errors import DataError
+from cast_jax.core.files import atomic_write, read_json, write_json
+from cast_jax.data.sources.base import Source, image_size, name_some
+
+MANIFEST = "manifest.json"
+STATISTICS = "stats.json"
+_HINT = "delete it and run the pseudo_label step again"
+
+
+class Shard(NamedTuple):
+    """A shard still to be written: its number, and the indices of its images in the source."""
+
+    number: int
+    indices: range
+
+
+class PseudoLabelWriter:
+    """Writes the pseudo-labels that one model gives a source, shard by shard.
+
+    Args:
+      folder: receives the shards; made if need be.
+      source: the unlabelled images.
+      categories: what the positions in :class:`Detections` mean.
+      model_hash: names the weights that make the labels.
+      threshold: instances with a lower score are dropped.
+      shard_size: images a shard.
+
+    Raises:
+      DataError: the folder holds the labels of another model, threshold, pool or category list; says the difference.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        source: Source,
+        categories: Sequence[Category],
+        model_hash: str,
+        threshold: float,
+        shard_size: int = 256,
+    ):
+        if not len(source) or shard_size < 1 or not 0 <= threshold <= 1:
+            raise DataError(
+                f"{folder}: {len(source)} images, shard_size {shard_size}, threshold {threshold} make no store"
+            )
+        self.folder, self.source, self.categories = Path(folder), source, tuple(categories)
+        names = [source.record(index).file_name for index in range(len(source))]
+        manifest: dict[str, Any] = {
+            "model_hash": model_hash,
+            "threshold": float(threshold),
+            "shard_size": int(shard_size),
+            "images": len(source),
+            "images_hash": hashlib.sha256("\n".join(names).encode()).hexdigest()[:16],
+            "categories": [dataclasses.asdict(category) for category in self.categories],
+        }
+        path = self.folder / MANIFEST
+        if path.exists():
+            known = read_json(path)
+            if different := [
+                f"{key} {known.get(key)!r}, not {value!r}" for key, value in manifest.items() if known.get(key) != value
+            ]:
+                raise DataError(f"{path}: has {'; '.join(different)}; delete the folder, or write to another one")
+        else:
+            write_json(path, manifest)
+        self.manifest = manifest
+
+    def pending_shards(self) -> list[Shard]:
+        """The shards that no run has finished."""
+        shards = _shards(self.manifest)
+        return [shard for shard in shards if not (self.folder / _shard_name(shard.number)).exists()]
+
+    def write_shard(self, number: int, detections: Sequence[Detections]) -> None:
+        """Writes shard ``number`` from the detections of its images, in their order.
+
+        Raises:
+          ValueError: there are not as many detections as images, or a mask's size is not its image's.
+        """
+        indices = _shards(self.manifest)[number].indices
+        if len(detections) != len(indices):
+            raise ValueError(f"shard {number} has {len(indices)} images, not {len(detections)}")
+        lines = [json.dumps(self._line(index, found)) for index, found in zip(indices, detections, strict=True)]
+        atomic_write(self.folder / _shard_name(number), "\n".join(lines) + "\n")
+
+    def _line(self, index: int, found: Detections) -> dict[str, Any]:
+        record = self.source.record(index)
+        height, width = image_size(record.path)
+        kept = np.flatnonzero(np.asarray(found.scores) >= np.float32(self.manifest["threshold"])).tolist()
+        if wrong := [found.rles[i]["size"] for i in kept if list(found.rles[i]["size"]) != [height, width]]:
+            raise ValueError(f"{record.path}: masks of size {wrong[0]} do not fit an image of {[height, width]}")
+        instances = [
+            {
+                "category_id": self.categories[found.labels[i]].id,
+                "segmentation": found.rles[i],
+                "score": float(found.scores[i]),
+                "mask_quality": float(found.mask_quality[i]),
+            }
+            for i in kept
+        ]
+        where = {"image_id": record.image_id, "file_name": record.file_name, "height": height, "width": width}
+        return where | {"instances": instances}
+
+    def finish(self) -> dict[str, Any]:
+        """Checks the finished store and writes and returns its statistics (``stats.json``)."""
+        store = PseudoLabels.open(self.folder)
+        names = {category.id: category.name for category in self.categories}
+        per_class: Counter[int] = Counter()
+        scores: list[float] = []
+        empty = 0
+        for line in store.lines():
+            per_class.update(instance["category_id"] for instance in line["instances"])
+            scores.extend(instance["score"] for instance in line["instances"])
+            empty += not line["instances"]
+        counts, edges = np.histogram(scores, bins=20, range=(0.0, 1.0))
+        statistics = {
+            "images": len(store),
+            "empty_images": empty,
+            "instances": len(scores),
+            "threshold": store.threshold,
+            "instances_per_class": {name: per_class[category_id] for category_id, name in names.items()},
+            "score_histogram": {"edges": np.round(edges, 2).tolist(), "counts": counts.tolist()},
+        }
+        write_json(self.folder / STATISTICS, statistics)
+        return statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class PseudoLabels:
+    """A finished store, read one image at a time: only the places of the lines are held in memory.
+
+    Attributes:
+      folder: where the shards are.
+      categories, threshold, model_hash: as they were written.
+      places: image id to (shard number, byte offset of its line).
+    """
+
+    folder: Path
+    categories: tuple[Category, ...]
+    threshold: float
+    model_hash: str
+    places: dict[int | str, tuple[int, int]]
+
+    @staticmethod
+    def open(folder: str | os.PathLike[str]) -> PseudoLabels:
+        """Indexes and checks a store.
+
+        Raises:
+          DataError: there is none, a shard is missing, cut short or damaged, or an image appears twice.
+        """
+        folder = Path(folder)
+        if not (folder / MANIFEST).exists():
+            raise DataError(
+                f"{folder}: holds no pseudo-labels ({MANIFEST} is missing); run the pseudo_label step first"
+            )
+        manifest = read_json(folder / MANIFEST)
+        shards = _shards(manifest)
+        missing = [name for shard in shards if not (folder / (name := _shard_name(shard.number))).exists()]
+        if missing:
+            raise DataError(
+                f"{folder}: {len(missing)} of {len(shards)} shards are missing ({name_some(missing, 5)}); "
+                "run the pseudo_label step again, it writes only these"
+            )
+        categories = tuple(Category(**category) for category in manifest["categories"])
+        known = {category.id for category in categories}
+        places: dict[int | str, tuple[int, int]] = {}
+        for shard in shards:
+            path, lines = folder / _shard_name(shard.number), 0
+            for offset, line in _read_lines(path):
+                image_id, lines = line["image_id"], lines + 1
+                if image_id in places:
+                    raise DataError(f"{path}: image {image_id!r} is labelled twice in this store; {_HINT}")
+                if alien := {instance["category_id"] for instance in line["instances"]} - known:
+                    raise DataError(f"{path}: image {image_id!r} has unknown category ids {sorted(alien)}; {_HINT}")
+                places[image_id] = (shard.number, offset)
+            if lines != len(shard.indices):
+                raise DataError(f"{path}: has {lines} images, not {len(shard.indices)}; {_HINT}")
+        return PseudoLabels(folder, categories, manifest["threshold"], manifest["model_hash"], places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __contains__(self, image_id: object) -> bool:
+        return image_id in self.places
+
+    def read(self, image_id: int | str) -> dict[str, Any]:
+        """The line of one image. Raises :class:`DataError` if it has none."""
+        if image_id not in self.places:
+            raise DataError(
+                f"{self.folder}: has no pseudo-labels for image {image_id!r}; run the pseudo_label step again"
+            )
+        number, offset = self.places[image_id]
+        with open(self.folder / _shard_name(number), "rb") as file:
+            file.seek(offset)
+            return json.loads(file.readline())
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """All lines, in the order of the source, one at a time."""
+        for number in range(max(number for number, _ in self.places.values()) + 1):
+            for _, line in _read_lines(self.folder / _shard_name(number)):
+                yield line
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05d}.jsonl"
+
+
+def _shards(manifest: dict[str, Any]) -> list[Shard]:
+    images, size = manifest["images"], manifest["shard_size"]
+    starts = range(0, images, size)
+    return [Shard(number, range(start, min(start + size, images))) for number, start in enumerate(starts)]
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The byte offset and the content of every line."""
+    offset = 0
+    with open(path, "rb") as file:
+        for number, data in enumerate(file, 1):
+            try:
+                line = json.loads(data)
+                line["image_id"], line["instances"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{path}, line {number}: is not a pseudo-label ({error!r}); {_HINT}") from error
+            yield offset, line
+            offset += len(data)
