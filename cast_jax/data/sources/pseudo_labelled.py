@@ -33,8 +33,8 @@ class PseudoLabelled:
         require_same_categories(categories, store.categories, str(store.folder))
         if threshold is not None and threshold < store.threshold:
             raise DataError(
-                f"{store.folder}: instances below {store.threshold} were not kept, so {threshold} is no threshold for them; "
-                "raise it, or run the pseudo_label step again with the lower one"
+                f"{store.folder}: instances below {store.threshold} were not kept, a threshold of {threshold} "
+                "cannot be met; raise it, or run the pseudo_label step again with it"
             )
         missing = [image_id for i in range(len(source)) if (image_id := source.record(i).image_id) not in store]
         if missing:
