@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
+import cv2
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageEnhance, ImageFilter
 
 from cast_jax.core.errors import UserError
-
-_ENHANCERS = {
-    "brightness": ImageEnhance.Brightness,
-    "contrast": ImageEnhance.Contrast,
-    "saturation": ImageEnhance.Color,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,30 +69,53 @@ def distort(
         config.grayscale_probability,
         config.blur_probability,
     )
-    order = rng.permutation(["brightness", "contrast", "saturation", "hue"])
-    amount = dict(zip(("brightness", "contrast", "saturation", "hue"), rng.uniform(-1, 1, 4), strict=True))
+    names = ("brightness", "contrast", "saturation", "hue")
+    order = rng.permutation(len(names))
+    changes = rng.uniform(-1, 1, len(names)) * (config.brightness, config.contrast, config.saturation, config.hue)
     sigma = rng.uniform(*config.blur_sigma)
 
-    picture = Image.fromarray(image)
     if jitter:
-        for name in order:
-            change = amount[name] * getattr(config, name)
-            if name == "hue":
-                picture = _turn_hue(picture, change)
-            else:
-                picture = _ENHANCERS[name](picture).enhance(max(0.0, 1.0 + change))
+        for position in order:
+            image = _JITTER[names[position]](image, float(changes[position]))
     if grayscale:
-        picture = picture.convert("L").convert("RGB")
+        image = _grey(image)
     if blur:
-        picture = picture.filter(ImageFilter.GaussianBlur(sigma))
-    return np.asarray(picture)
+        # An odd width of about 4 sigma on each side holds the whole bell in 8 bits.
+        image = cv2.GaussianBlur(image, (2 * math.ceil(4 * sigma) + 1,) * 2, sigma, borderType=cv2.BORDER_REPLICATE)
+    return image
 
 
-def _turn_hue(picture: Image.Image, turns: float) -> Image.Image:
-    """Turns every colour by ``turns`` around the colour circle; nothing is rounded when the turn is below 1/512."""
-    shift = round(turns * 256)
+def _grey(image: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+
+
+def _blend(image: np.ndarray, other: np.ndarray, offset: float, change: float) -> np.ndarray:
+    """(1 + change) · image - change · (other + offset), rounded and clipped to 8 bits: away from ``other`` or to it."""
+    share = max(0.0, 1.0 + change)
+    return cv2.addWeighted(image, share, other, 1.0 - share, (1.0 - share) * offset)
+
+
+def _brightness(image: np.ndarray, change: float) -> np.ndarray:
+    return _blend(image, np.zeros_like(image), 0.0, change)
+
+
+def _contrast(image: np.ndarray, change: float) -> np.ndarray:
+    mean = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
+    return _blend(image, np.zeros_like(image), mean, change)
+
+
+def _saturation(image: np.ndarray, change: float) -> np.ndarray:
+    return _blend(image, _grey(image), 0.0, change)
+
+
+def _hue(image: np.ndarray, turns: float) -> np.ndarray:
+    """Turns every colour around the colour circle, in steps of 1/256."""
+    shift = round(turns * 256) % 256
     if shift == 0:
-        return picture
-    hue, saturation, value = picture.convert("HSV").split()
-    hue = hue.point([(level + shift) % 256 for level in range(256)])
-    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+        return image
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
+    hsv[..., 0] += np.uint8(shift)  # 8 bits are the whole circle, so wrapping around is what is meant
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+
+
+_JITTER = {"brightness": _brightness, "contrast": _contrast, "saturation": _saturation, "hue": _hue}

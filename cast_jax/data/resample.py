@@ -25,6 +25,7 @@ class Region(NamedTuple):
     top: int
     left: int
     pixels: UInt8[np.ndarray, "height width"]  # 0 or 255
+    zeros_beyond: tuple[int, int, int, int]  # (top, left, bottom, right): 1, or 0 where the image ends
 
 
 class PixelBox(NamedTuple):
@@ -66,8 +67,8 @@ def warp(
     array: UInt8[np.ndarray, "height width *channels"],
     matrix: Float[np.ndarray, "3 3"],
     window: PixelBox,
-    border: int,
     origin: tuple[int, int] = (0, 0),
+    zeros_beyond: tuple[int, int, int, int] = (0, 0, 0, 0),
 ) -> UInt8[np.ndarray, "window_height window_width *channels"]:
     """Resamples an array so that its position p appears at ``matrix @ p``.
 
@@ -75,8 +76,8 @@ def warp(
 
     Args:
       window: the part of the canvas to make.
-      border: what lies outside the array, one of OpenCV's ``BORDER_*``.
       origin: (y, x) of the array's first pixel, when the array was cut out of the image that ``matrix`` speaks of.
+      zeros_beyond: for (top, left, bottom, right), 1 if zeros lie beyond that side, 0 if its edge is repeated.
     """
     # Plain floats: this runs for every mask, where small NumPy calls would cost more than the pixels.
     (yy, yx, y0), (xy, xx, x0) = matrix[:2].tolist()
@@ -87,17 +88,21 @@ def warp(
     if (rows, columns) != (height, width):
         array = cv2.resize(array, (columns, rows), interpolation=cv2.INTER_AREA)
         yy, xy, yx, xx = yy * height / rows, xy * height / rows, yx * width / columns, xx * width / columns
+    if any(zeros_beyond):
+        top, left, bottom, right = zeros_beyond
+        array = cv2.copyMakeBorder(array, top, bottom, left, right, cv2.BORDER_CONSTANT, value=0)
     # The inverse map, rows and columns swapped to (x, y), between centres at whole numbers.
     area = yy * xx - yx * xy
     x_back, y_back = (-xy / area, yy / area), (xx / area, -yx / area)
     back_xy = np.array(
         [
-            (x_back[1], x_back[0], x_back[0] * (0.5 - y0) + x_back[1] * (0.5 - x0) - 0.5),
-            (y_back[1], y_back[0], y_back[0] * (0.5 - y0) + y_back[1] * (0.5 - x0) - 0.5),
+            (x_back[1], x_back[0], x_back[0] * (0.5 - y0) + x_back[1] * (0.5 - x0) + zeros_beyond[1] - 0.5),
+            (y_back[1], y_back[0], y_back[0] * (0.5 - y0) + y_back[1] * (0.5 - x0) + zeros_beyond[0] - 0.5),
         ]
     )
     size = (window.right - window.left, window.bottom - window.top)
-    return cv2.warpAffine(array, back_xy, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=border)
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(array, back_xy, size, flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
 def _shrunk(side: int, scale: float) -> int:
@@ -112,7 +117,7 @@ def warp_image(
 ) -> UInt8[np.ndarray, "out_height out_width 3"]:
     """Draws an image on a canvas of zeros, and only on the pixels ``inside``; edges are repeated, never darkened."""
     canvas = np.zeros((*size, 3), np.uint8)
-    canvas[inside.slices] = warp(image, matrix, inside, cv2.BORDER_REPLICATE)
+    canvas[inside.slices] = warp(image, matrix, inside)
     return canvas
 
 
@@ -120,7 +125,10 @@ def mask_region(mask: Bool[np.ndarray, "height width"]) -> Region:
     """Cuts a mask's bounding box out; an empty mask gives a region without pixels."""
     bits = np.ascontiguousarray(mask).view(np.uint8)
     left, top, width, height = cv2.boundingRect(bits)
-    return Region(top, left, bits[top : top + height, left : left + width] * np.uint8(255))
+    pixels = bits[top : top + height, left : left + width] * np.uint8(255)
+    # At the image's own border a mask goes on as the image does, or the corners of a full mask would be rounded off.
+    beyond = (int(top > 0), int(left > 0), int(top + height < mask.shape[0]), int(left + width < mask.shape[1]))
+    return Region(top, left, pixels, beyond)
 
 
 def warp_region(
@@ -142,4 +150,4 @@ def warp_region(
     size = (window.bottom - window.top, window.right - window.left)
     if 0 in size or 0 in (height, width):
         return window, np.zeros(size, bool)
-    return window, warp(region.pixels, matrix, window, cv2.BORDER_CONSTANT, region[:2]) >= 128
+    return window, warp(region.pixels, matrix, window, (region.top, region.left), region.zeros_beyond) >= 128

@@ -94,7 +94,8 @@ def make_views(
 
     Besides the views, a group has ``instances_cut`` (int32: how many visible instances found no slot) and, if it has
     both views, ``strong_to_weak`` (float32 ``[2, 3]``), which maps (y, x) positions of the strong view to the weak
-    view's. An instance has the same slot in both. A view's content does not depend on which other views are asked for.
+    view's. An instance has the same slot in both. A view's geometry and pixels do not depend on which others are
+    asked for.
 
     Raises:
       UserError: a name that is neither "weak" nor "strong", or no name.
@@ -120,7 +121,7 @@ def make_views(
         inside = pixels_inside(box)
         group[name] = {
             "image": warp_image(image, matrix, config.image_size, inside),
-            "valid_box": box.astype(np.float32),
+            "valid_box": box,
             "ignore": _ignored(instances, matrix, inside, config),
             **_fill_slots(instances, chosen, landed[name], areas[name], config),
         }
@@ -174,7 +175,7 @@ def _weak_geometry(size: tuple[int, int], rng: np.random.Generator, config: View
     offset = rng.integers(np.minimum(slack, 0), np.maximum(slack, 0), endpoint=True)
     matrix = translation(*offset) @ scaling(resized[0] / size[0], resized[1] / size[1]) @ matrix
     low, high = np.maximum(offset, 0), np.minimum(offset + resized, config.image_size)
-    return matrix, np.concatenate([low, high]).astype(np.float64)
+    return matrix, np.concatenate([low, high]).astype(np.float32)
 
 
 def _strong_geometry(weak_box: Box, rng: np.random.Generator, config: ViewConfig) -> tuple[Matrix, Box]:
@@ -187,13 +188,15 @@ def _strong_geometry(weak_box: Box, rng: np.random.Generator, config: ViewConfig
     area = rng.uniform(*config.crop_area)
     # A more extreme ratio would not fit the canvas at this area.
     low, high = np.clip(np.log(config.crop_ratio), np.log(area), -np.log(area))
-    ratio = np.exp(rng.uniform(low, high))
+    ratio = np.exp(low + rng.random() * (high - low))
     crop = np.minimum(np.sqrt([area * ratio, area / ratio]), 1.0) * canvas
     first, last = weak_box[:2], weak_box[2:] - crop
-    offset = rng.uniform(np.maximum(np.minimum(first, last), 0), np.minimum(np.maximum(first, last), canvas - crop))
+    low, high = np.maximum(np.minimum(first, last), 0), np.minimum(np.maximum(first, last), canvas - crop)
+    offset = low + rng.random(2) * (high - low)
     strong_to_weak = translation(*offset) @ scaling(*(crop / canvas))
     box = transform_box(np.linalg.inv(strong_to_weak), weak_box)
-    return strong_to_weak, np.clip(box, 0.0, np.tile(canvas, 2))
+    # As float32 already, so that the device finds the same pixels inside as are drawn here.
+    return strong_to_weak, np.clip(box, 0.0, np.tile(canvas, 2)).astype(np.float32)
 
 
 def _choose_slots(areas: Int[np.ndarray, "views n"], config: ViewConfig) -> tuple[Int[np.ndarray, "kept"], int]:
@@ -212,8 +215,7 @@ def _fill_slots(
     config: ViewConfig,
 ) -> View:
     """The per-instance arrays of a view, padded to ``max_instances``."""
-    height, width = config.image_size
-    masks = np.zeros((config.max_instances, height, (width + 7) // 8), np.uint8)
+    masks = np.zeros((config.max_instances, *config.image_size), bool)
     labels = np.zeros(config.max_instances, np.int32)
     scores = np.zeros(config.max_instances, np.float32)
     valid = np.zeros(config.max_instances, bool)
@@ -221,18 +223,15 @@ def _fill_slots(
     scores[: len(chosen)] = instances.scores[chosen]
     valid[: len(chosen)] = areas[chosen] >= config.min_area
     for slot in np.flatnonzero(valid):
-        masks[slot] = _pack_part(landed[chosen[slot]], config.image_size)
-    return {"masks": masks, "labels": labels, "instance_valid": valid, "scores": scores}
-
-
-def _pack_part(landed: tuple[PixelBox, np.ndarray], size: tuple[int, int]) -> UInt8[np.ndarray, "height bytes"]:
-    box, part = landed
-    canvas = np.zeros(size, bool)
-    canvas[box.slices] = part
-    return pack_masks(canvas)
+        window, part = landed[chosen[slot]]
+        masks[slot][window.slices] = part
+    return {"masks": pack_masks(masks), "labels": labels, "instance_valid": valid, "scores": scores}
 
 
 def _ignored(
     instances: Instances, matrix: Matrix, inside: PixelBox, config: ViewConfig
 ) -> UInt8[np.ndarray, "height bytes"]:
-    return _pack_part(warp_region(mask_region(instances.ignore), matrix, inside), config.image_size)
+    window, part = warp_region(mask_region(instances.ignore), matrix, inside)
+    ignored = np.zeros(config.image_size, bool)
+    ignored[window.slices] = part
+    return pack_masks(ignored)

@@ -1,0 +1,243 @@
+"""Batches for training and evaluation: read, cut into views, stacked, at the same place of the stream after a restart.
+
+Training batches are random access: batch ``n`` of a process is a function of (seed, n) alone. The state of a loader is
+therefore just the number of its next batch, whatever the number of threads or worker processes.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import cv2
+import grain
+import jax
+import numpy as np
+from absl import flags
+
+from cast_jax.core.annotations import Instances
+from cast_jax.core.errors import DataError, UserError
+from cast_jax.data.sources.base import Source
+from cast_jax.data.views import VIEW_NAMES, Group, ViewConfig, eval_view, make_views
+
+Batch = dict[str, Group]
+
+# grain lets a dataset have up to sys.maxsize elements; this many batches outlast any run and stay exact in a float.
+_ENDLESS = 2**48
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """What a training batch holds and how it is made.
+
+    Attributes:
+      view: the views' geometry, colours, size and number of instance slots.
+      views: which views a group has: one or both of "weak" and "strong".
+      batch_labelled, batch_unlabelled: images of each kind in a batch *of this process*.
+      seed: of the order of the images and of all views.
+      num_threads: threads that make batches (in each worker process, if there are any).
+      num_workers: worker processes; 0 makes batches in this process. Worth it from about eight cores on.
+      prefetch: batches made ahead of the one that is asked for (by each worker).
+      process_index, process_count: the share of the images that this process of a multi-process run reads.
+    """
+
+    view: ViewConfig
+    batch_labelled: int
+    batch_unlabelled: int = 0
+    views: tuple[str, ...] = VIEW_NAMES
+    seed: int = 0
+    num_threads: int = 2
+    num_workers: int = 0
+    prefetch: int = 2
+    process_index: int = 0
+    process_count: int = 1
+
+    def __post_init__(self) -> None:
+        least = {"batch_unlabelled": 0, "num_threads": 1, "num_workers": 0, "prefetch": 1, "seed": 0}
+        for name, low in {"batch_labelled": 0, **least}.items():
+            if getattr(self, name) < low:
+                raise UserError(f"data.{name} is {getattr(self, name)}; it must be at least {low}")
+        if self.batch_labelled + self.batch_unlabelled == 0:
+            raise UserError("data.batch_labelled and data.batch_unlabelled are both 0: a batch needs an image")
+        if not self.views or not set(self.views) <= set(VIEW_NAMES):
+            raise UserError(f"data.views is {self.views}; choose one or both of {VIEW_NAMES}")
+        if not 0 <= self.process_index < self.process_count:
+            raise UserError(f"process_index {self.process_index} is not below process_count {self.process_count}")
+
+
+def make_loader(labelled: Source | None, unlabelled: Source | None, config: LoaderConfig) -> Loader:
+    """An endless stream of batches ``{"labelled": group, "unlabelled": group}`` of NumPy arrays.
+
+    A group is :func:`cast_jax.data.views.make_views`'s with a leading batch axis; a kind with batch size 0 is absent.
+    Each kind is shuffled anew in every epoch and every image is seen once per epoch, across all processes; a batch may
+    reach into the next epoch, so a source may have fewer images than a batch. A source without categories has images
+    without instances; one with categories (pseudo-labels) has its instances, whichever kind it is.
+
+    Raises:
+      DataError: a kind with a positive batch size has no source, or an empty one.
+      UserError: see :class:`LoaderConfig`.
+    """
+    streams = {}
+    seeds = np.random.SeedSequence(config.seed).generate_state(2).tolist()
+    kinds = (
+        ("labelled", labelled, config.batch_labelled, seeds[0]),
+        ("unlabelled", unlabelled, config.batch_unlabelled, seeds[1]),
+    )
+    for kind, source, count, seed in kinds:
+        if count == 0:
+            continue
+        if source is None or len(source) == 0:
+            raise DataError(f"there are no {kind} images, but data.batch_{kind} is {count}: add images or set it to 0")
+        streams[kind] = (_stream(source, config, seed), count)
+    return Loader(grain.MapDataset.range(_ENDLESS).map(_MakeBatch(streams)), config)
+
+
+def _stream(source: Source, config: LoaderConfig, seed: int) -> grain.MapDataset:
+    """The endless sequence of this process's groups of one kind, in random access."""
+    indices = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    # Random numbers belong to the position in the global stream; the processes then share that stream out.
+    groups = indices.random_map(_MakeGroup(source, config.view, config.views))
+    return groups[config.process_index :: config.process_count]
+
+
+@dataclasses.dataclass(frozen=True)
+class _MakeGroup(grain.transforms.RandomMap):
+    source: Source
+    view: ViewConfig
+    names: tuple[str, ...]
+
+    def random_map(self, element: int, rng: np.random.Generator) -> Group:
+        image = self.source.image(element)
+        known = bool(self.source.categories)
+        instances = self.source.instances(element) if known else Instances.empty(image.shape[0], image.shape[1])
+        return make_views(image, instances, rng, self.view, self.names)
+
+
+@dataclasses.dataclass(frozen=True)
+class _MakeBatch(grain.transforms.Map):
+    streams: dict[str, tuple[grain.MapDataset, int]]
+
+    def map(self, element: int) -> Batch:
+        return {
+            kind: _stack([stream[element * count + slot] for slot in range(count)])
+            for kind, (stream, count) in self.streams.items()
+        }
+
+
+def _stack(items: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *items)
+
+
+class Loader(Iterator[Batch]):
+    """Batches made ahead of their use; ``get_state``/``set_state`` name the next one.
+
+    The state ``{"next_batch": n}`` is JSON. It counts batches: it means the same place for any number of threads and
+    workers, but not for other batch sizes or another number of processes.
+    """
+
+    def __init__(self, batches: grain.MapDataset, config: LoaderConfig):
+        self._batches = batches
+        self._config = config
+        self._iterator: grain.DatasetIterator | None = None
+        self._next = 0
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            self._iterator = self._start()
+        try:
+            batch = next(self._iterator)
+        except BaseException:
+            self.close()  # grain has passed the batch that failed; the next call must not skip it
+            raise
+        self._next += 1
+        # A worker's arrays live in shared memory that is freed with them: give out ordinary ones.
+        return jax.tree.map(np.array, batch) if self._config.num_workers else batch
+
+    def get_state(self) -> dict[str, int]:
+        """The place after the last batch handed out, however many are made ahead."""
+        return {"next_batch": self._next}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes to the place that :meth:`get_state` named, forwards or backwards, without making what lies between."""
+        self.close()
+        self._next = state["next_batch"]
+
+    def close(self) -> None:
+        """Ends the threads and workers. The loader can still be used: they start again with the next batch."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def _start(self) -> grain.DatasetIterator:
+        _one_opencv_thread(0, 1)
+        reading = grain.ReadOptions(num_threads=self._config.num_threads, prefetch_buffer_size=self._config.prefetch)
+        dataset = self._batches[self._next :].to_iter_dataset(reading)
+        if self._config.num_workers:
+            if not flags.FLAGS.is_parsed():  # grain reads its flags when it starts workers; its defaults are fine
+                flags.FLAGS.mark_as_parsed()
+            workers = grain.MultiprocessingOptions(num_workers=self._config.num_workers, per_worker_buffer_size=1)
+            dataset = dataset.mp_prefetch(workers, worker_init_fn=_one_opencv_thread)
+        return iter(dataset)
+
+
+def _one_opencv_thread(worker_index: int, worker_count: int) -> None:
+    """Images are made in parallel already; OpenCV's own threads would only wait for each other."""
+    cv2.setNumThreads(1)
+
+
+def eval_batches(
+    source: Source,
+    image_size: tuple[int, int],
+    batch_size: int,
+    indices: Sequence[int] | None = None,
+    num_threads: int = 4,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every image once, in order: ``image`` uint8 ``[B, H, W, 3]``, ``valid_box`` float32 ``[B, 4]``, ``index`` int32
+    ``[B]`` and ``original_size`` int32 ``[B, 2]`` (height, width).
+
+    The last batch is filled up with black images of ``index`` -1, valid box 0 and original size 0. Images are those of
+    :func:`cast_jax.data.views.eval_view`; they are read by threads, at most one batch ahead.
+
+    Args:
+      indices: the images to take, all by default.
+    """
+    wanted = list(range(len(source))) if indices is None else [int(index) for index in indices]
+
+    def read(index: int) -> dict[str, np.ndarray]:
+        image = source.image(index)
+        canvas, box, _ = eval_view(image, image_size)
+        return _eval_item(canvas, box, index, image.shape[:2])
+
+    padding = _eval_item(np.zeros((*image_size, 3), np.uint8), np.zeros(4, np.float32), -1, (0, 0))
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="eval-images") as pool:
+        # executor.map would read the whole source at once.
+        remaining = iter(wanted)
+        pending = collections.deque(pool.submit(read, index) for index in itertools.islice(remaining, batch_size))
+        try:
+            while pending:
+                items: list[dict[str, np.ndarray]] = []
+                while pending and len(items) < batch_size:
+                    items.append(pending.popleft().result())
+                    pending.extend(pool.submit(read, index) for index in itertools.islice(remaining, 1))
+                yield _stack(items + [padding] * (batch_size - len(items)))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _eval_item(image: np.ndarray, box: np.ndarray, index: int, size: tuple[int, ...]) -> dict[str, np.ndarray]:
+    return {
+        "image": image,
+        "valid_box": box,
+        "index": np.array(index, np.int32),
+        "original_size": np.array(size, np.int32),
+    }
+
+
+def batch_bytes(batch: Batch) -> float:
+    """Bytes that one image of a batch (all its views) costs on the way to the device, on average over the kinds."""
+    images = sum(len(group["instances_cut"]) for group in batch.values())
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(batch)) / images
