@@ -25,10 +25,10 @@ class Regression:
     """y = x @ kernel + bias, with input noise from the step's key; the metric counts the rows of the batch."""
 
     def init(self, key):
-        return {"head": {"kernel": jax.random.normal(key, (DIMENSION, 1)), "bias": jnp.zeros((1,))}}
+        return {"head": {"kernel": jax.random.uniform(key, (DIMENSION, 1)), "bias": jnp.zeros((1,))}}
 
     def loss_fn(self, params, frozen, batch, key):
-        x = batch["x"] + 0.01 * jax.random.normal(key, batch["x"].shape)
+        x = batch["x"] + 0.02 * jax.random.uniform(key, batch["x"].shape)
         error = x @ params["head"]["kernel"] + params["head"]["bias"] - batch["y"] + frozen.get("offset", 0.0)
         squared = jnp.sum(error**2)
         return squared / len(x), {"loss/squared": (squared, len(x))}

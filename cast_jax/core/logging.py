@@ -81,8 +81,9 @@ class MetricsWriter:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items() if self._events is not None else ():
-            self._events.add_scalar(name, value, step)
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flushes and closes both files."""

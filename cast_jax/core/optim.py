@@ -21,12 +21,9 @@ from cast_jax.core.rules import match_any, match_rules, named_leaves, unnamed
 Named = dict[str, Array]
 Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
 
-# Customary since BERT and DeiT: matrices and kernels decay; vectors, norms and learned tables (positions, tokens,
-# queries) do not. Applied without strictness, because no single network has all of them.
-NO_DECAY = (
-    r"(.*/)?(bias|scale|gamma|lambda1|layer_scale)",
-    r"(.*/)?[^/]*(norm|layer_scale|position|queries|query_embed|query_feat|level_embed|token)[^/]*(/.*)?",
-)
+# Customary since BERT: matrices and convolutions decay; biases, norms, layer scales and learned tables (positions,
+# tokens, queries, levels) do not. In Flax the former are exactly the leaves called "kernel".
+NO_DECAY = (r"(.*/)?(?!kernel$)[^/]*",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +39,7 @@ class OptimizerConfig:
       weight_decay: decoupled, multiplied by the parameter's own learning rate.
       clip_norm: global norm of the gradients of all trained parameters; None for no clipping.
       learning_rate_rules: (pattern, multiplier) pairs; every trained parameter must match.
-      no_decay: patterns of parameters without weight decay; None stands for ``NO_DECAY``.
+      no_decay: patterns of parameters without weight decay; None stands for ``NO_DECAY``: all but kernels.
       frozen: patterns of parameters that are not trained.
     """
 

@@ -103,7 +103,7 @@ class TrainStep:
         size = ""
         if memory is not None:
             used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-            size = f"; {name} step: {(used + memory.temp_size_in_bytes) / GIB:.2f} GiB a device"
+            size = f"; it needs {(used + memory.temp_size_in_bytes) / GIB:.3g} GiB on each device"
         logger.info("compiling the %s step done in %.1f s%s", name, time.monotonic() - begin, size)
 
     def __call__(

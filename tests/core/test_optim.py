@@ -1,0 +1,136 @@
+"""Schedules at hand-worked steps, AdamW against torch's, and rules that do not let a mistake pass."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from cast_jax.core.errors import UserError
+from cast_jax.core.optim import OptimizerConfig, ema_update, make_optimizer, make_schedule
+from cast_jax.core.rules import named_leaves
+
+
+def params():
+    rng = np.random.default_rng(0)
+
+    def array(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    return {
+        "encoder": {"blocks": {"0": {"kernel": array(3, 4), "bias": array(4)}}, "position_embedding": array(2, 4)},
+        "head": {"kernel": array(4, 2), "norm": {"scale": array(4)}},
+    }
+
+
+def rates(steps, at, **config):
+    schedule = make_schedule(OptimizerConfig(learning_rate=1.0, **config), steps)
+    return [float(schedule(step)) for step in at]
+
+
+def test_multi_step_drops_at_fractions_of_the_whole_run():
+    at = (0, 89, 90, 94, 95, 99)
+    np.testing.assert_allclose(rates(100, at, schedule="multi_step"), [1, 1, 0.1, 0.1, 0.01, 0.01], rtol=1e-6)
+    warm = rates(100, (0, 4, 9, 10, 89, 90), schedule="multi_step", warmup_steps=10)
+    np.testing.assert_allclose(warm, [1 / 11, 5 / 11, 10 / 11, 1, 1, 0.1], rtol=1e-6)
+
+
+def test_polynomial_and_cosine():
+    expected = [1.0, 0.5**0.9, 0.01**0.9]
+    np.testing.assert_allclose(rates(100, (0, 50, 99), schedule="polynomial"), expected, rtol=1e-5)
+    np.testing.assert_allclose(rates(100, (0, 50, 100), schedule="cosine"), [1.0, 0.5, 0.0], atol=1e-6)
+
+
+def test_warmup_precedes_the_schedule_proper():
+    found = rates(14, (0, 2, 3, 4, 9), schedule="polynomial", power=1.0, warmup_steps=4)
+    np.testing.assert_allclose(found, [0.2, 0.6, 0.8, 1.0, 0.5], rtol=1e-6)
+
+
+def test_faulty_schedules_raise():
+    with pytest.raises(UserError, match=r"schedule is 'linear'; known: constant, cosine"):
+        make_schedule(OptimizerConfig(schedule="linear"), 10)
+    with pytest.raises(UserError, match="warmup_steps"):
+        make_schedule(OptimizerConfig(warmup_steps=10), 10)
+
+
+def test_updates_are_those_of_torch_adamw_with_groups_and_clipping():
+    config = OptimizerConfig(
+        learning_rate=0.1,
+        schedule="multi_step",
+        milestones=(0.5,),
+        weight_decay=0.3,
+        clip_norm=0.7,
+        learning_rate_rules=((r"encoder/.*", 0.1), (".*", 1.0)),
+        frozen=(r"head/norm/.*",),
+    )
+    start = params()
+    optimizer = make_optimizer(config, start, 6)
+    reference = {name: torch.nn.Parameter(torch.tensor(np.asarray(leaf))) for name, leaf in named_leaves(start).items()}
+    trained = [name for name in reference if not name.startswith("head/norm")]
+    groups = [
+        {
+            "params": [reference[name]],
+            "lr": 0.1 * (0.1 if name.startswith("encoder") else 1.0),
+            "weight_decay": 0.3 if name.endswith("kernel") else 0.0,
+        }
+        for name in trained
+    ]
+    torch_optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+    torch_schedule = torch.optim.lr_scheduler.MultiStepLR(torch_optimizer, [3], 0.1)
+    apply = jax.jit(optimizer.apply)
+    current, opt_state = start, optimizer.init(start)
+    rng = np.random.default_rng(1)
+    for step in range(6):
+        gradients = {name: rng.normal(size=reference[name].shape).astype(np.float32) for name in trained}
+        for name in trained:
+            reference[name].grad = torch.tensor(gradients[name])
+        torch.nn.utils.clip_grad_norm_([reference[name] for name in trained], 0.7)
+        torch_optimizer.step()
+        torch_schedule.step()
+        current, opt_state = apply(gradients, opt_state, current, jnp.asarray(step))
+    for name, leaf in named_leaves(current).items():
+        np.testing.assert_allclose(leaf, reference[name].detach().numpy(), rtol=2e-5, atol=2e-6, err_msg=name)
+    moments = [name for name in named_leaves(opt_state) if "head/norm" in name]
+    assert not moments, "frozen parameters have no optimiser state"
+
+
+def test_by_default_only_kernels_decay():
+    optimizer = make_optimizer(OptimizerConfig(), params(), 10)
+    assert optimizer.decayed == {"encoder/blocks/0/kernel", "head/kernel"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"frozen": ("encodr/.*",)},
+            r"optimizer.frozen: rule 'encodr/\.\*' matches no parameter; nearest names: encod",
+        ),
+        ({"no_decay": ("head/norms/scale",)}, r"optimizer.no_decay: .*nearest names: head/norm/scale"),
+        ({"learning_rate_rules": (("encoder/.*", 0.1),)}, "no rule matches head/kernel, head/norm/scale; add one"),
+        ({"learning_rate_rules": (("(", 0.1),)}, r"'\(' is not a regular expression"),
+        ({"frozen": (".*",)}, "leaves nothing to train"),
+    ],
+)
+def test_faulty_rules_name_the_field_and_the_nearest_parameters(changes, message):
+    with pytest.raises(UserError, match=message):
+        make_optimizer(OptimizerConfig(**changes), params(), 10)
+
+
+def test_the_first_rule_that_matches_decides():
+    rules = ((r"encoder/blocks/.*", 0.5), (r"encoder/.*", 0.1), (".*", 1.0))
+    multipliers = make_optimizer(OptimizerConfig(learning_rate_rules=rules), params(), 10).multipliers
+    assert multipliers["encoder/blocks/0/bias"] == 0.5
+    assert multipliers["encoder/position_embedding"] == 0.1
+    assert multipliers["head/kernel"] == 1.0
+
+
+def test_moving_average_starts_as_the_mean_and_ends_at_its_decay():
+    average = {"w": jnp.asarray(100.0)}
+    for step, value in enumerate((1.0, 2.0, 6.0)):
+        average = ema_update(average, {"w": jnp.asarray(value)}, 0.9, jnp.asarray(step))
+    np.testing.assert_allclose(average["w"], 3.0, rtol=1e-6)
+    late = ema_update({"w": jnp.asarray(1.0)}, {"w": jnp.asarray(2.0)}, 0.9, jnp.asarray(1000))
+    np.testing.assert_allclose(late["w"], 1.1, rtol=1e-6)

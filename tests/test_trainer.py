@@ -1,0 +1,293 @@
+"""The loop on a toy recipe: what it computes, what it leaves on disk, and that killing it changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from toy_training import BATCH, TRUTH, Regression, ToyLoader, digest, run_toy, toy_config
+
+from cast_jax import trainer
+from cast_jax.core.checkpoint import Checkpoints
+from cast_jax.core.errors import DataError, DivergedError, UserError
+from cast_jax.core.logging import read_metrics
+from cast_jax.core.step import count_images
+from cast_jax.trainer import finished, train
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Most tests compile the same step: a compilation cache for this file, shared with the processes that it starts."""
+    folder = tmp_path_factory.mktemp("cache")
+    settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0}
+    previous = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield folder
+    for name, value in previous.items():
+        jax.config.update(name, value)
+
+
+def lines(folder):
+    return read_metrics(folder / "metrics.jsonl")
+
+
+def test_it_learns_and_leaves_a_result(tmp_path):
+    result = run_toy(tmp_path / "toy", 300, save_every=100, log_every=100, ema_decay=None)
+    np.testing.assert_allclose(result.params["head"]["kernel"], TRUTH, atol=0.05)
+    assert result.images == 300 * BATCH
+    assert result.metrics["loss/total"] < 0.01
+    assert result.metrics["loss/squared"] == pytest.approx(result.metrics["loss/total"], rel=1e-5)
+    done = finished(tmp_path / "toy")
+    assert (done["step"], done["images"], done["metrics"]) == (300, 300 * BATCH, result.metrics)
+    assert [line["step"] for line in lines(tmp_path / "toy")] == [100, 200, 300]
+    assert {"optimizer/gradient_norm", "optimizer/learning_rate", "speed/images_per_second"} <= set(
+        lines(tmp_path / "toy")[0]
+    )
+
+
+def test_a_finished_step_does_nothing_and_gives_the_stored_result(tmp_path):
+    first = run_toy(tmp_path / "toy", 10)
+    unused = ToyLoader()
+    second = train(Regression(), config=toy_config(10), folder=tmp_path / "toy", loader=unused)
+    assert unused.position == 0
+    assert digest(second.params) == digest(first.params)
+    assert (second.metrics, second.seconds) == (first.metrics, first.seconds)
+    with pytest.raises(UserError, match="was trained for 10 steps, but steps=20"):
+        run_toy(tmp_path / "toy", 20)
+
+
+def test_logged_values_are_means_over_the_steps_since_the_last_line(tmp_path):
+    run_toy(tmp_path / "each", 6, log_every=1)
+    run_toy(tmp_path / "three", 6, log_every=3)
+    each = [line["loss/squared"] for line in lines(tmp_path / "each")]
+    expected = [np.mean(each[:3]), np.mean(each[3:])]
+    np.testing.assert_allclose([line["loss/squared"] for line in lines(tmp_path / "three")], expected, rtol=1e-6)
+
+
+class Evaluation:
+    """Scores that rise and fall with the number of the call; remembers what it was given."""
+
+    def __init__(self, *scores: float):
+        self.scores, self.seen = list(scores), []
+
+    def __call__(self, params):
+        self.seen.append(digest(params))
+        return {"AP": self.scores[len(self.seen) - 1]}
+
+
+def test_evaluations_are_recorded_and_the_best_is_exported_and_kept(tmp_path):
+    exported = []
+    evaluate = Evaluation(0.2, 0.5, 0.4)
+    arguments = {
+        "config": toy_config(12, eval_every=4, save_every=3, keep=1, best_metric="AP"),
+        "folder": tmp_path / "toy",
+    }
+
+    def export(params, name):
+        return exported.append((name, digest(params)))
+
+    result = train(Regression(), loader=ToyLoader(), evaluate=evaluate, export=export, **arguments)
+    first, second, third = evaluate.seen
+    assert exported == [("best", first), ("best", second), ("last", third)]
+    assert third == digest(result.params)
+    assert result.metrics["evaluation/AP"] == 0.4
+    assert {line["step"]: line["evaluation/AP"] for line in lines(tmp_path / "toy") if "evaluation/AP" in line} == {
+        4: 0.2,
+        8: 0.5,
+        12: 0.4,
+    }
+    with Checkpoints(tmp_path / "toy" / "checkpoints", best_metric="AP") as checkpoints:
+        assert (checkpoints.best(), checkpoints.steps()) == (8, [8, 12])
+
+
+def test_the_average_is_evaluated_and_returned_on_request(tmp_path):
+    evaluate = Evaluation(0.0)
+    arguments = {"folder": tmp_path / "toy", "loader": ToyLoader(), "evaluate": evaluate}
+    averaged = train(Regression(), config=toy_config(8, evaluate_ema=True), **arguments).params
+    plain = run_toy(tmp_path / "plain", 8).params
+    assert evaluate.seen == [digest(averaged)]
+    assert digest(averaged) != digest(plain)
+
+
+def test_an_interrupted_evaluation_is_made_up_for(tmp_path):
+    class PowerCutError(Exception):
+        pass
+
+    def fail(params):
+        raise PowerCutError
+
+    config = toy_config(8, best_metric="AP")
+    with pytest.raises(PowerCutError):
+        train(Regression(), config=config, folder=tmp_path / "toy", loader=ToyLoader(), evaluate=fail)
+    assert finished(tmp_path / "toy") is None
+    evaluate, unused = Evaluation(0.3), ToyLoader()
+    result = train(Regression(), config=config, folder=tmp_path / "toy", loader=unused, evaluate=evaluate)
+    assert unused.position == 8, "the loader was set to its place, and no batch was drawn"
+    assert result.metrics["evaluation/AP"] == 0.3
+    assert evaluate.seen == [digest(run_toy(tmp_path / "whole", 8).params)]
+
+
+def test_a_non_finite_loss_stops_with_its_name_and_is_never_saved(tmp_path):
+    config, folder = toy_config(14, save_every=2, log_every=1000), tmp_path / "toy"
+    with pytest.raises(
+        DivergedError, match=r"toy: step 6 is not finite \(loss/squared, loss/total, .*checkpoint of step 4"
+    ):
+        train(Regression(), config=config, folder=folder, loader=ToyLoader(poison=6))
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        assert checkpoints.latest() == 4
+    assert finished(folder) is None
+    # The same command, with the data mended, goes on from there.
+    mended = train(Regression(), config=config, folder=folder, loader=ToyLoader())
+    assert digest(mended.params) == digest(run_toy(tmp_path / "whole", 14, save_every=7).params)
+
+
+def test_initial_parameters_are_copied_checked_and_asked_for_once(tmp_path):
+    given = {"head": {"kernel": jnp.ones((6, 1)), "bias": jnp.zeros((1,))}}
+    calls = []
+
+    def load():
+        return calls.append(1) or given
+
+    config = toy_config(4, save_every=2)
+    train(Regression(), config=config, folder=tmp_path / "toy", loader=ToyLoader(), init_params=load)
+    train(Regression(), config=config, folder=tmp_path / "toy", loader=ToyLoader(), init_params=load)
+    assert len(calls) == 1
+    np.testing.assert_array_equal(given["head"]["kernel"], np.ones((6, 1)))  # not donated to the step
+    wrong = {"head": {"kernel": jnp.ones((5, 1)), "offset": jnp.zeros((1,))}}
+    with pytest.raises(
+        UserError, match=r"(?s)head/offset: unknown.*head/bias: missing.*kernel: shape \(5, 1\), wanted \(6, 1\)"
+    ):
+        train(Regression(), config=config, folder=tmp_path / "other", loader=ToyLoader(), init_params=wrong)
+
+
+class Remembering(Regression):
+    """Asks the moving average and a bank inside the step, as baselines do."""
+
+    def init_bank(self):
+        return {"errors": jnp.zeros((3,))}
+
+    def loss_fn(self, params, frozen, batch, key):
+        loss, metrics = super().loss_fn(params, frozen, batch, key)
+        difference = params["head"]["kernel"] - frozen["ema"]["head"]["kernel"]
+        metrics |= {"average/distance": (jnp.sum(difference**2), 1), "bank/sum": (jnp.sum(frozen["bank"]["errors"]), 1)}
+        return loss, metrics, loss
+
+    def post_update(self, state, aux):
+        errors = jnp.roll(state.bank["errors"], 1).at[0].set(aux)
+        return trainer.dataclasses.replace(state, bank={"errors": errors})
+
+
+def test_recipes_find_the_average_and_their_bank_and_the_teacher_is_an_argument(tmp_path):
+    arguments = {"config": toy_config(5, log_every=1), "folder": tmp_path / "toy", "loader": ToyLoader()}
+    train(Remembering(), frozen={"offset": np.float32(2.0)}, **arguments)
+    found = lines(tmp_path / "toy")
+    losses = [line["loss/total"] for line in found]
+    assert losses[0] > 3.0, "the offset of 2 adds about 4"
+    assert [line["average/distance"] for line in found][:2] == [0.0, 0.0], "the average starts as a copy"
+    assert found[4]["average/distance"] > 0.0
+    expected = [sum(losses[max(step - 3, 0) : step]) for step in range(5)]
+    np.testing.assert_allclose([line["bank/sum"] for line in found], expected, rtol=1e-5)
+    with Checkpoints(tmp_path / "toy" / "checkpoints") as checkpoints:
+        record = json.loads((checkpoints.folder / "5" / "record" / "metadata").read_text())
+    assert not [name for name in record["shapes"] if "offset" in name], "the teacher is never saved"
+
+
+def test_data_that_ends_and_settings_that_cannot_be_are_clear(tmp_path):
+    with pytest.raises(DataError, match="toy: the data ended before step 1"):
+        train(Regression(), config=toy_config(3), folder=tmp_path / "toy", loader=iter(()))
+    with pytest.raises(UserError, match="log_every is 0"):
+        toy_config(3, log_every=0)
+    with pytest.raises(UserError, match="ema_decay is None"):
+        toy_config(3, evaluate_ema=True, ema_decay=None)
+
+
+def test_images_of_all_groups_are_counted():
+    view = {"image": np.zeros((3, 4, 4, 3)), "labels": np.zeros((3, 2))}
+    unlabelled = {
+        "weak": view | {"image": np.zeros((5, 4, 4, 3)), "labels": np.zeros((5, 2))},
+        "matrix": np.zeros((5, 2, 3)),
+    }
+    assert count_images({"labelled": {"strong": view}, "unlabelled": unlabelled}) == 8
+    assert count_images({"x": np.zeros((7, 2)), "y": np.zeros(7)}) == 7
+
+
+class SlowLoader(ToyLoader):
+    """Sends a signal to this very process before a given batch."""
+
+    def __init__(self, at: int, number: int):
+        super().__init__()
+        self.at, self.number = at, number
+
+    def __next__(self):
+        if self.position == self.at:
+            os.kill(os.getpid(), self.number)
+        return super().__next__()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, caplog, number, code):
+    previous = signal.getsignal(number)
+    config, folder = toy_config(20, save_every=100), tmp_path / "toy"
+    with caplog.at_level("WARNING", "cast_jax"), pytest.raises(SystemExit) as stopped:
+        train(Regression(), config=config, folder=folder, loader=SlowLoader(10, number))
+    assert stopped.value.code == code
+    assert "saved step 11; run the same command again to continue" in caplog.text
+    assert signal.getsignal(number) is previous
+    continued = train(Regression(), config=config, folder=folder, loader=ToyLoader())
+    assert digest(continued.params) == digest(run_toy(tmp_path / "whole", 20).params)
+    assert continued.images == 20 * BATCH
+    assert [line["step"] for line in lines(folder)] == [5, 10, 15, 20]
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, cache):
+    steps, seed = 60, random.randrange(2**32)
+    rng = random.Random(seed)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
+    environment |= {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    program = [
+        sys.executable,
+        str(Path(__file__).parent / "toy_training.py"),
+        str(tmp_path / "killed"),
+        str(steps),
+        "0.02",
+    ]
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    saved, kills = -1, 0
+    while kills < 3:
+        process = subprocess.Popen(program, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        # Wait for a checkpoint that this process made, then kill it anywhere: in a step, in a save, in a deletion.
+        while process.poll() is None and newest(checkpoints) <= saved:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 0.5))
+        process.kill()
+        _, error = process.communicate()
+        assert process.returncode in (-signal.SIGKILL, 0), error.decode()
+        saved, kills = newest(checkpoints), kills + 1
+    final = subprocess.run(program, env=environment, check=True, capture_output=True, text=True).stdout.split()[-1]
+    whole = run_toy(tmp_path / "whole", steps)
+    assert final == digest(whole.params), f"differs after kills at moments of seed {seed}"
+    training = [line for line in lines(tmp_path / "killed") if "loss/total" in line]
+    assert [line["step"] for line in training] == list(range(5, steps + 1, 5))
+    assert finished(tmp_path / "killed")["images"] == steps * BATCH
+
+
+def newest(checkpoints: Path) -> int:
+    names = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
+    return max((int(name) for name in names if name.isdigit()), default=-1)
