@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from cast_jax.models.convolution import PatchExpansion, conv3x3
+from cast_jax.models.convolution import Conv3x3, PatchExpansion
 from cast_jax.models.resize import resize
 
 
@@ -42,7 +42,7 @@ class Reassemble(nnx.Module):
         if scale > 1:
             self.expand = PatchExpansion(out_features, out_features, int(scale), **options)
         elif scale < 1:
-            self.reduce = conv3x3(out_features, out_features, stride=int(1 / scale), **options)
+            self.reduce = Conv3x3(out_features, out_features, stride=int(1 / scale), **options)
         self.scale = scale
 
     def __call__(self, features: Float[Array, "batch rows columns dim"]) -> Float[Array, "batch height width channels"]:
@@ -56,8 +56,8 @@ class ResidualConvUnit(nnx.Module):
     """Two pre-activated 3x3 convolutions around a residual connection."""
 
     def __init__(self, features: int, *, dtype, param_dtype, rngs: nnx.Rngs):
-        self.conv1 = conv3x3(features, features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.conv2 = conv3x3(features, features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.conv1 = Conv3x3(features, features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.conv2 = Conv3x3(features, features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(
         self, features: Float[Array, "batch height width channels"]
@@ -83,7 +83,7 @@ class Fusion(nnx.Module):
     ) -> Float[Array, "batch new_height new_width channels"]:
         if finer is not None:
             running = running + self.unit1(finer)
-        # Projected before the upsampling, not after: they commute (a resize's weights sum to one) at a quarter the cost.
+        # Projected before the upsampling, at a quarter the cost: they commute because a resize's weights sum to one.
         return resize(self.project(self.unit2(running)), size, align_corners=True)
 
 
@@ -98,7 +98,7 @@ class Dpt(nnx.Module):
         self.config = config
         widths_and_scales = zip(config.out_channels, (4, 2, 1, 0.5), strict=True)
         self.reassemble = nnx.List([Reassemble(in_features, w, scale, **options) for w, scale in widths_and_scales])
-        self.adapt = nnx.List([conv3x3(w, config.features, use_bias=False, **options) for w in config.out_channels])
+        self.adapt = nnx.List([Conv3x3(w, config.features, use_bias=False, **options) for w in config.out_channels])
         self.fusion = nnx.List([Fusion(config.features, **options) for _ in config.out_channels])  # coarse to fine
 
     def __call__(

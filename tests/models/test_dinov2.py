@@ -106,7 +106,7 @@ def test_gradients_equal_hugging_face():
     output = theirs(torch.from_numpy(inputs).permute(0, 3, 1, 2)).last_hidden_state
     (output * torch.from_numpy(weights)).sum().backward()
     graph, state = nnx.split(ours)
-    grads = jax.grad(lambda s: (nnx.merge(graph, s).tokens(inputs, layers=(2,))[0] * weights).sum())(state)
+    grads = jax.jit(jax.grad(lambda s: (nnx.merge(graph, s).tokens(inputs, layers=(2,))[0] * weights).sum()))(state)
     pairs = [
         (grads["position_embedding"], theirs.embeddings.position_embeddings.grad[0]),
         (
@@ -172,7 +172,7 @@ def test_rematerialisation_changes_nothing():
             (features,) = nnx.merge(graph, state)(inputs, layers=(2,), rngs=nnx.Rngs(dropout=5))
             return (features**2 * jnp.arange(24)).sum()
 
-        return jax.value_and_grad(loss)(state)
+        return jax.jit(jax.value_and_grad(loss))(state)
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), gradient(False), gradient(True))
 
