@@ -247,7 +247,8 @@ def _run_lengths(counts: str) -> list[int]:
         value |= (code & 31) << shift
         shift += 5
         if not code & 32:
-            value -= (code & 16 and 1) << shift
+            if code & 16:
+                value -= 1 << shift
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0
     return [-1] if shift else runs

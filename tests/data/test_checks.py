@@ -1,0 +1,140 @@
+"""The check before a run: counts, faults and warnings, on folders with known faults."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cast_jax.core.errors import DataError
+from cast_jax.data.checks import check_source, check_sources
+from cast_jax.data.sources.coco import Coco
+from cast_jax.data.sources.folder import ImageFolder
+
+_NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+
+
+def _coco(folder, name, instances, categories=((1, "cell"),)):
+    """A COCO set with ``instances[i]`` squares in image i."""
+    images, annotations = [], []
+    for number, count in enumerate(instances):
+        path = folder / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(_NOISE).save(path)
+        images.append({"id": number, "file_name": path.name, "height": 32, "width": 32})
+        for k in range(count):
+            square = [k, k, k + 4, k, k + 4, k + 4, k, k + 4]
+            annotations.append(
+                {"id": len(annotations), "image_id": number, "category_id": categories[0][0], "segmentation": [square]}
+            )
+    content = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": i, "name": n} for i, n in categories],
+    }
+    (folder / f"{name}.json").write_text(json.dumps(content))
+    return Coco(folder / f"{name}.json")
+
+
+def _folder(folder, count):
+    folder.mkdir()
+    for number in range(count):
+        Image.fromarray(_NOISE).save(folder / f"{number}.png")
+    return ImageFolder(folder)
+
+
+def _cut(source, *indices):
+    for index in indices:
+        path = source.record(index).path
+        path.write_bytes(path.read_bytes()[:-1000])
+
+
+def test_a_sound_dataset_is_counted_and_returned_as_it_is(tmp_path, caplog):
+    labelled, val = _coco(tmp_path, "labelled", [3, 0, 5, 1]), _coco(tmp_path, "val", [2])
+    unlabelled = _folder(tmp_path / "pool", 3)
+    with caplog.at_level(logging.INFO):
+        report = check_sources(labelled, unlabelled, val, max_instances=5)
+    assert report.labelled.source is labelled
+    assert (report.labelled.images, report.labelled.decoded) == (4, 4)
+    assert (report.labelled.instances, report.labelled.empty, report.labelled.over_cap) == (9, 1, 0)
+    assert report.val.instances == 2
+    assert (report.unlabelled.images, report.unlabelled.instances, report.unlabelled.empty) == (3, 0, 0)
+    assert report.warnings == ()
+    assert "labelled: 4 images, 4 read in full, 9 instances, 1 images without any" in caplog.text
+
+
+def test_instances_over_the_cap_are_a_warning(tmp_path, caplog):
+    report = check_sources(_coco(tmp_path, "labelled", [3, 0, 5, 2]), None, None, max_instances=2)
+    assert (report.labelled.over_cap, report.labelled.cut) == (2, 4)
+    assert "2 images have more than 2 instances, which cuts 4" in report.warnings[0]
+    assert report.warnings[0] in caplog.text
+    assert report.unlabelled is None
+
+
+def test_truncated_images_are_found_before_training(tmp_path):
+    pool = _folder(tmp_path / "pool", 14)
+    _cut(pool, *range(1, 13))
+    with pytest.raises(DataError, match="the unlabelled source has 12 unreadable images of 14") as caught:
+        check_sources(None, pool, None, max_instances=5)
+    assert str(caught.value).count("cannot be read as an image") == 10, "ten are listed"
+    assert "on_unreadable" in str(caught.value)
+
+
+def test_unreadable_images_are_left_out_and_counted_when_asked(tmp_path):
+    labelled = _coco(tmp_path, "labelled", [1, 2, 3, 4])
+    _cut(labelled, 1)
+    labelled.record(2).path.unlink()
+    report = check_sources(labelled, None, None, max_instances=9, on_unreadable="skip")
+    assert report.labelled.usable.tolist() == [0, 3]
+    assert [report.labelled.source.record(i).image_id for i in range(2)] == [0, 3]
+    assert report.labelled.instances == 5
+    assert len(report.labelled.unreadable) == 2
+    assert "2 of 4 images are unreadable and left out" in report.warnings[0]
+    assert "1.png" in report.warnings[0]
+
+
+def test_an_annotation_that_does_not_fit_counts_as_unreadable(tmp_path):
+    labelled = _coco(tmp_path, "labelled", [1, 1])
+    Image.fromarray(_NOISE[:16]).save(labelled.record(1).path)
+    with pytest.raises(DataError, match=r"1\.png: is \(16, 32\)"):
+        check_source("labelled", labelled, max_instances=5)
+
+
+def test_only_headers_are_read_beyond_the_limit(tmp_path):
+    pool = _folder(tmp_path / "pool", 5)
+    _cut(pool, 1)
+    assert check_source("unlabelled", pool, 5, decode_limit=3).decoded == 3, "images 0, 2 and 4"
+    for limit in (5, None):
+        with pytest.raises(DataError, match=r"1\.png"):
+            check_source("unlabelled", pool, 5, decode_limit=limit)
+    pool.record(3).path.write_bytes(b"no header")
+    with pytest.raises(DataError, match=r"3\.png"):
+        check_source("unlabelled", pool, 5, decode_limit=3)
+
+
+def test_nothing_readable_is_an_error_even_when_skipping(tmp_path):
+    pool = _folder(tmp_path / "pool", 2)
+    _cut(pool, 0, 1)
+    with pytest.raises(DataError, match=r"no readable image among 2; the first: .*0\.png"):
+        check_source("unlabelled", pool, 5, on_unreadable="skip")
+
+
+def test_val_with_other_categories_is_refused(tmp_path):
+    labelled = _coco(tmp_path, "labelled", [1], ((1, "cell"), (2, "dust")))
+    val = _coco(tmp_path, "val", [1], ((1, "cells"),))
+    with pytest.raises(DataError, match="2 'dust' is missing, 1 is 'cells', not 'cell'"):
+        check_sources(labelled, None, val, max_instances=5)
+
+
+def test_a_set_without_instances_is_a_warning(tmp_path):
+    assert check_sources(_coco(tmp_path, "labelled", [0, 0]), None, None, 5).warnings == (
+        "labelled: no instances in 2 images",
+    )
+
+
+def test_an_unknown_choice_is_refused(tmp_path):
+    with pytest.raises(DataError, match="known values: error, skip"):
+        check_source("unlabelled", _folder(tmp_path / "pool", 1), 5, on_unreadable="ignore")
