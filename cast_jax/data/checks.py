@@ -70,8 +70,12 @@ def check_sources(
     if labelled is not None and val is not None:
         require_same_categories(labelled.categories, val.categories, "val")
     reports = {
-        name: None if source is None else check_source(name, source, max_instances, on_unreadable, decode_limit)
-        for name, source in (("labelled", labelled), ("unlabelled", unlabelled), ("val", val))
+        name: None if source is None else check_source(name, source, cap, on_unreadable, decode_limit)
+        for name, source, cap in (
+            ("labelled", labelled, max_instances),
+            ("unlabelled", unlabelled, max_instances),
+            ("val", val, None),  # evaluation compares with every instance
+        )
     }
     warnings = [text for name, report in reports.items() if report for text in _warnings(name, report, max_instances)]
     for text in warnings:
@@ -80,7 +84,7 @@ def check_sources(
 
 
 def check_source(
-    name: str, source: Source, max_instances: int, on_unreadable: str = "error", decode_limit: int | None = 2000
+    name: str, source: Source, max_instances: int | None, on_unreadable: str = "error", decode_limit: int | None = 2000
 ) -> SourceReport:
     """Opens every image of a source and counts its instances.
 
@@ -90,7 +94,7 @@ def check_source(
     Args:
       name: what messages call the source ("labelled", "unlabelled", "val").
       source: the images; annotations are looked at if it has categories.
-      max_instances: more than this in an image is counted as ``over_cap``.
+      max_instances: more than this in an image is counted as ``over_cap``; ``None`` for no cap.
       on_unreadable: "error" refuses unreadable images; "skip" leaves them out of the report's ``source``.
       decode_limit: see above.
 
@@ -129,6 +133,7 @@ def check_source(
     if not len(usable):
         raise DataError(f"the {name} source has no readable image among {total}; the first: {faults[0]}")
     counts = np.asarray([found[index] for index in usable if index in decoded], np.int64)
+    excess = np.zeros_like(counts) if max_instances is None else np.maximum(counts - max_instances, 0)
     report = SourceReport(
         source=Subset(source, usable) if faults else source,
         usable=usable,
@@ -136,8 +141,8 @@ def check_source(
         decoded=len(counts),
         instances=int(counts.sum()),
         empty=int((counts == 0).sum()) if source.categories else 0,
-        over_cap=int((counts > max_instances).sum()),
-        cut=int(np.maximum(counts - max_instances, 0).sum()),
+        over_cap=int((excess > 0).sum()),
+        cut=int(excess.sum()),
         unreadable=faults,
     )
     annotated = f", {report.instances} instances, {report.empty} images without any" if source.categories else ""

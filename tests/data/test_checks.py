@@ -67,10 +67,13 @@ def test_a_sound_dataset_is_counted_and_returned_as_it_is(tmp_path, caplog):
 
 
 def test_instances_over_the_cap_are_a_warning(tmp_path, caplog):
-    report = check_sources(_coco(tmp_path, "labelled", [3, 0, 5, 2]), None, None, max_instances=2)
+    report = check_sources(
+        _coco(tmp_path, "labelled", [3, 0, 5, 2]), None, _coco(tmp_path, "val", [4]), max_instances=2
+    )
     assert (report.labelled.over_cap, report.labelled.cut) == (2, 4)
     assert "2 images have more than 2 instances, which cuts 4" in report.warnings[0]
     assert report.warnings[0] in caplog.text
+    assert len(report.warnings) == 1, "val is compared with every instance: nothing is cut there"
     assert report.unlabelled is None
 
 
