@@ -1,0 +1,83 @@
+"""A trained segmenter as portable files: ``<name>.safetensors`` with ``config.json`` and ``classes.json`` beside it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from cast_jax.core.annotations import Category
+from cast_jax.core.errors import UserError
+from cast_jax.core.files import atomic_write, read_json, write_json
+from cast_jax.core.rules import named_leaves
+from cast_jax.models.functional import Params
+
+
+def save_weights(path: Path, params: Params, model: dict[str, Any], categories: Sequence[Category]) -> None:
+    """Writes parameters under their path names (``encoder/blocks/0/...``); config.json holds the model's sizes.
+
+    The weights come last, so that a reader who finds them finds what belongs to them.
+    """
+    write_json(path.parent / "config.json", model)
+    write_json(path.parent / "classes.json", [{"id": category.id, "name": category.name} for category in categories])
+    arrays = {name: np.asarray(jax.device_get(leaf)) for name, leaf in named_leaves(params).items()}
+    atomic_write(path, save(arrays, metadata={"format": "cast_jax"}))
+
+
+def load_weights(path: Path) -> tuple[Params, dict[str, Any], tuple[Category, ...]]:
+    """Reads what :func:`save_weights` wrote: nested parameters, the model's configuration, the classes.
+
+    Raises:
+      UserError: a missing or damaged file, naming it.
+    """
+    try:
+        arrays = load_file(path)
+        model = read_json(path.parent / "config.json")
+        classes = read_json(path.parent / "classes.json")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(
+            f"{path}: not a readable export of weights with config.json and classes.json: {error}"
+        ) from error
+    params: Params = {}
+    for name, array in arrays.items():
+        *parents, leaf = name.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = array
+    return params, model, tuple(Category(entry["id"], entry["name"]) for entry in classes)
+
+
+def merge_weights(fresh: Params, loaded: Params, parts: Sequence[str], where: str) -> Params:
+    """``fresh`` with the subtrees of ``parts`` (path prefixes; empty for everything) taken from ``loaded``.
+
+    Raises:
+      UserError: within the parts, a parameter is missing, left over, or of another shape; lists all of them.
+    """
+    wanted, given = named_leaves(fresh), named_leaves(loaded)
+    chosen = lambda name: not parts or any(name == part or name.startswith(f"{part}/") for part in parts)
+    faults = [f"missing {name}" for name in wanted if chosen(name) and name not in given]
+    faults += [f"unexpected {name}" for name in given if chosen(name) and name not in wanted]
+    faults += [
+        f"{name} has shape {given[name].shape}, not {wanted[name].shape}"
+        for name in wanted
+        if chosen(name) and name in given and given[name].shape != wanted[name].shape
+    ]
+    if faults:
+        listed = "\n  ".join(faults[:20]) + ("" if len(faults) <= 20 else f"\n  and {len(faults) - 20} more")
+        raise UserError(f"{where}: the weights do not fit the model:\n  {listed}")
+    return jax.tree.map_with_path(
+        lambda path, leaf: given[name] if chosen(name := "/".join(key.key for key in path)) else leaf, fresh
+    )
+
+
+def weights_hash(path: Path) -> str:
+    """The first 16 hexadecimal digits of the file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

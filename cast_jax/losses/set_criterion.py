@@ -1,0 +1,211 @@
+"""The set-prediction loss of method.md section 2: matching, mask BCE + dice, class cross-entropy, deep supervision.
+
+Follows Mask2Former (Cheng et al. 2022; ``criterion.py`` and ``matcher.py`` of the reference implementation).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from cast_jax.core.geometry import bilinear_sample
+from cast_jax.losses.matching import match
+
+Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class CriterionConfig:
+    """Weights and sampling of the set criterion.
+
+    Attributes:
+      class_weight, mask_weight, dice_weight: weights of the terms, in the loss and in the matching cost.
+      no_object_weight: weight of the "no object" class in the cross-entropy.
+      num_points: points sampled per mask; None compares every pixel of the mask map (cheaper on small maps), and every
+        fourth in the matching.
+      oversample: how many candidate points are drawn per point kept.
+      importance: share of the points that are the most uncertain candidates; the rest are uniform.
+    """
+
+    class_weight: float = 2.0
+    mask_weight: float = 5.0
+    dice_weight: float = 5.0
+    no_object_weight: float = 0.1
+    num_points: int | None = 12_544
+    oversample: float = 3.0
+    importance: float = 0.75
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """Padded ground truth or pseudo-labels.
+
+    Attributes:
+      masks: ``[batch, instances, height, width]`` at the input's resolution.
+      labels: class positions.
+      valid: False on padding.
+      weights: a factor on each instance's mask and class terms (1 = plain).
+      ignore: pixels that are neither object nor background error.
+    """
+
+    masks: Bool[Array, "batch instances height width"]
+    labels: Int[Array, "batch instances"]
+    valid: Bool[Array, "batch instances"]
+    weights: Float[Array, "batch instances"]
+    ignore: Bool[Array, "batch height width"]
+
+
+def set_criterion(
+    key: PRNGKeyArray,
+    layers: tuple[tuple[Float[Array, "batch queries h w"], Float[Array, "batch queries classes+1"]], ...],
+    targets: Targets,
+    config: CriterionConfig,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Sums the set loss over all decoder layers, each matched by itself.
+
+    Args:
+      key: draws the points; unused when ``config.num_points`` is None.
+      layers: (mask_logits, class_logits) of every supervised layer, the final one last.
+      targets: what to match.
+      config: weights and sampling.
+
+    Returns:
+      The weighted loss over all layers, and the unweighted terms of the final layer as (sum, count) pairs.
+      Mask terms are averages over all instances of the (global) batch, so a batch without any instance gives zero.
+    """
+    mask_logits = jnp.stack([masks for masks, _ in layers]).astype(jnp.float32)
+    class_logits = jnp.stack([classes for _, classes in layers]).astype(jnp.float32)
+    keys = jax.random.split(key, len(layers))
+    maps = _target_maps(targets, mask_logits.shape[-2:])
+    terms = jax.vmap(lambda key, masks, classes: _layer_terms(key, masks, classes, targets, maps, config))(
+        keys, mask_logits, class_logits
+    )
+    weights = {"class": config.class_weight, "mask": config.mask_weight, "dice": config.dice_weight}
+    loss = sum(weights[name] * jnp.sum(total / jnp.maximum(count, 1.0)) for name, (total, count) in terms.items())
+    return loss, {name: (total[-1], count[-1]) for name, (total, count) in terms.items()}
+
+
+def _target_maps(targets: Targets, size: tuple[int, int]) -> tuple[Array, Array]:
+    """Soft instance masks and ignore share at the resolution of the mask logits."""
+    shrink = lambda maps: jax.image.resize(
+        maps.astype(jnp.float32), (*maps.shape[:-2], *size), method="linear", antialias=True
+    )
+    return shrink(targets.masks), shrink(targets.ignore)
+
+
+def _layer_terms(key, mask_logits, class_logits, targets, maps, config) -> Metrics:
+    keys = jax.random.split(key, mask_logits.shape[0])
+    per_image = jax.vmap(
+        lambda key, masks, classes, target, soft: _image_terms(key, masks, classes, target, soft, config)
+    )
+    terms = per_image(keys, mask_logits, class_logits, targets, maps)
+    return {name: (jnp.sum(total), jnp.sum(count)) for name, (total, count) in terms.items()}
+
+
+def _image_terms(key, mask_logits, class_logits, targets: Targets, maps, config: CriterionConfig) -> Metrics:
+    """Matching and loss terms of one image in one layer."""
+    soft_masks, soft_ignore = maps
+    match_key, loss_key = jax.random.split(key)
+    cost = _matching_cost(match_key, mask_logits, class_logits, targets, maps, config)
+    query, matched = match(cost, targets.valid)
+    matched_logits = mask_logits[query]
+    if config.num_points is None:
+        logits = matched_logits.reshape(len(query), -1)
+        labels = soft_masks.reshape(len(query), -1)
+        care = jnp.broadcast_to(1.0 - soft_ignore.reshape(1, -1), logits.shape)
+    else:
+        points = jax.lax.stop_gradient(_uncertain_points(loss_key, matched_logits, config))
+        logits = _sample_each(matched_logits, points)
+        labels = _sample_each(targets.masks.astype(jnp.float32), points)
+        care = 1.0 - jax.vmap(lambda points: _sample(targets.ignore[None].astype(jnp.float32), points)[:, 0])(points)
+    weight = jnp.where(matched, targets.weights, 0.0)
+    count = jnp.sum(matched).astype(jnp.float32)
+    bce = jnp.sum(_binary_cross_entropy(logits, labels) * care, -1) / jnp.maximum(jnp.sum(care, -1), 1.0)
+    dice = _dice_loss(logits, labels, care)
+
+    num_classes = class_logits.shape[-1] - 1
+    # Unmatched instances write out of bounds, which `mode="drop"` discards.
+    slot = jnp.where(matched, query, class_logits.shape[0])
+    classes = jnp.full(class_logits.shape[0], num_classes).at[slot].set(targets.labels, mode="drop")
+    class_weights = jnp.full(class_logits.shape[0], config.no_object_weight)
+    class_weights = class_weights * _outside_ignore(mask_logits, soft_ignore)
+    class_weights = class_weights.at[slot].set(targets.weights, mode="drop")
+    cross_entropy = -jnp.take_along_axis(jax.nn.log_softmax(class_logits), classes[:, None], axis=1)[:, 0]
+    return {
+        "class": (jnp.sum(class_weights * cross_entropy), jnp.sum(class_weights)),
+        "mask": (jnp.sum(weight * bce), count),
+        "dice": (jnp.sum(weight * dice), count),
+    }
+
+
+def _outside_ignore(mask_logits, soft_ignore):
+    """0 for queries whose mask lies mostly on ignored pixels: calling them "no object" would be a false lesson."""
+    # One pixel in sixteen tells where most of a mask lies, and the sigmoid of every pixel of every query is dear.
+    mask_logits, soft_ignore = mask_logits[:, ::4, ::4], soft_ignore[::4, ::4]
+    probability = jax.nn.sigmoid(jax.lax.stop_gradient(mask_logits))
+    inside = jnp.sum(probability * soft_ignore, axis=(1, 2))
+    return jnp.where(inside > 0.5 * jnp.sum(probability, axis=(1, 2)), 0.0, 1.0)
+
+
+def _matching_cost(key, mask_logits, class_logits, targets: Targets, maps, config: CriterionConfig):
+    """The same costs as the loss, on one set of points for all pairs: ``[queries, instances]``, no gradient."""
+    soft_masks, soft_ignore = maps
+    mask_logits, class_logits = jax.lax.stop_gradient((mask_logits, class_logits))
+    if config.num_points is None:
+        logits = mask_logits[:, ::2, ::2].reshape(mask_logits.shape[0], -1)
+        labels = soft_masks[:, ::2, ::2].reshape(soft_masks.shape[0], -1)
+        care = 1.0 - soft_ignore[::2, ::2].reshape(-1)
+    else:
+        points = jax.random.uniform(key, (config.num_points, 2))
+        logits = _sample(mask_logits, points).T
+        labels = _sample(targets.masks.astype(jnp.float32), points).T
+        care = 1.0 - _sample(targets.ignore[None].astype(jnp.float32), points)[:, 0]
+    class_cost = -jax.nn.softmax(class_logits)[:, targets.labels]
+    # softplus(x) - x y is the cross-entropy; split so that pairs are one matrix product.
+    mask_cost = (jnp.sum(jax.nn.softplus(logits) * care, -1)[:, None] - (logits * care) @ labels.T) / jnp.maximum(
+        jnp.sum(care), 1.0
+    )
+    probability = jax.nn.sigmoid(logits) * care
+    overlap = 2.0 * probability @ labels.T
+    size = jnp.sum(probability, -1)[:, None] + jnp.sum(labels * care, -1)[None]
+    dice_cost = 1.0 - (overlap + 1.0) / (size + 1.0)
+    return config.class_weight * class_cost + config.mask_weight * mask_cost + config.dice_weight * dice_cost
+
+
+def _binary_cross_entropy(logits, labels):
+    return jax.nn.softplus(logits) - logits * labels
+
+
+def _dice_loss(logits, labels, care):
+    probability = jax.nn.sigmoid(logits) * care
+    overlap = 2.0 * jnp.sum(probability * labels, -1)
+    return 1.0 - (overlap + 1.0) / (jnp.sum(probability, -1) + jnp.sum(labels * care, -1) + 1.0)
+
+
+def _sample(maps: Float[Array, "maps h w"], points: Float[Array, "points 2"]) -> Float[Array, "points maps"]:
+    """Reads every map at the same relative (y, x) points in [0, 1]."""
+    height, width = maps.shape[-2:]
+    return bilinear_sample(jnp.moveaxis(maps, 0, -1), points * jnp.array([height, width], points.dtype))
+
+
+def _sample_each(maps: Float[Array, "maps h w"], points: Float[Array, "maps points 2"]) -> Float[Array, "maps points"]:
+    """Reads each map at its own relative points."""
+    return jax.vmap(lambda one, where: _sample(one[None], where)[:, 0])(maps, points)
+
+
+def _uncertain_points(key, logits: Float[Array, "maps h w"], config: CriterionConfig) -> Float[Array, "maps points 2"]:
+    """PointRend's importance sampling: most uncertain of an oversampled uniform set, topped up uniformly."""
+    assert config.num_points is not None
+    candidate_key, uniform_key = jax.random.split(key)
+    num_candidates = int(config.num_points * config.oversample)
+    num_uncertain = int(config.num_points * config.importance)
+    candidates = jax.random.uniform(candidate_key, (logits.shape[0], num_candidates, 2))
+    uncertainty = -jnp.abs(_sample_each(jax.lax.stop_gradient(logits), candidates))
+    best = jax.lax.top_k(uncertainty, num_uncertain)[1]
+    uncertain = jnp.take_along_axis(candidates, best[..., None], axis=1)
+    uniform = jax.random.uniform(uniform_key, (logits.shape[0], config.num_points - num_uncertain, 2))
+    return jnp.concatenate([uncertain, uniform], axis=1)

@@ -1,0 +1,248 @@
+"""A light masked-attention transformer decoder in the spirit of Mask2Former (Cheng et al. 2022).
+
+Two kinds of queries. ``learned`` are Mask2Former's: free vectors that find their object by attention; they need
+pretraining or long schedules. ``grid`` places one query on each cell of the pixel map: it starts from the pixel
+feature there and its mask logits carry a quadratic spatial prior around a predicted centre (in the spirit of SMCA,
+Gao et al. 2021), so that a model trained from scratch separates neighbours from the first steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from cast_jax.core.geometry import bilinear_sample, pixel_centres
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskDecoderConfig:
+    """Sizes of the decoder.
+
+    Attributes:
+      hidden_dim, num_heads, ffn_dim, num_layers: of the transformer layers.
+      mask_dim: channels of the product that makes mask logits.
+      num_queries: learned queries (used where ``query_stride`` is 0).
+      query_stride: side of a grid query's cell, in pixels of the pixel map; 0 for learned queries.
+      num_levels: how many of the pyramid's maps are attended to, coarse to fine, in turn.
+      dropout: on attention and feed-forward outputs.
+    """
+
+    hidden_dim: int = 256
+    mask_dim: int = 256
+    num_heads: int = 8
+    ffn_dim: int = 2048
+    num_layers: int = 9
+    num_queries: int = 100
+    query_stride: int = 0
+    num_levels: int = 3
+    dropout: float = 0.1
+
+
+def encode_positions(positions: Float[Array, "points 2"], dim: int, longest: float) -> Float[Array, "points dim"]:
+    """Sine features of (y, x) positions, y before x, with wavelengths from 4 to ``longest`` in geometric steps."""
+    steps = dim // 4
+    wavelengths = 4.0 * (longest / 4.0) ** (jnp.arange(steps) / max(steps - 1, 1))
+    angles = 2.0 * jnp.pi * positions[:, :, None] / wavelengths
+    features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return features.reshape(positions.shape[0], -1)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with separate query, key and value inputs and an optional mask."""
+
+    def __init__(self, dim: int, num_heads: int, *, dtype, rngs: nnx.Rngs):
+        linear = lambda: nnx.Linear(dim, dim, dtype=dtype, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
+        self.query, self.key, self.value, self.out = linear(), linear(), linear(), linear()
+        self.num_heads = num_heads
+
+    def __call__(
+        self,
+        query: Float[Array, "batch queries dim"],
+        key: Float[Array, "batch keys dim"],
+        value: Float[Array, "batch keys dim"],
+        allowed: Bool[Array, "batch queries keys"] | None = None,
+    ) -> Float[Array, "batch queries dim"]:
+        """``allowed`` marks the keys that each query may read; softmax in float32."""
+        split = lambda x: x.reshape(*x.shape[:2], self.num_heads, -1)
+        q, k, v = split(self.query(query)), split(self.key(key)), split(self.value(value))
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) / math.sqrt(q.shape[-1])
+        if allowed is not None:
+            logits = jnp.where(allowed[:, None], logits, -1e9)
+        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+        return self.out(mixed.reshape(*mixed.shape[:2], -1))
+
+
+class DecoderLayer(nnx.Module):
+    """Masked cross-attention, self-attention and feed-forward, each with a residual and a norm after it."""
+
+    def __init__(self, config: MaskDecoderConfig, *, dtype, rngs: nnx.Rngs):
+        dim = config.hidden_dim
+        norm = lambda: nnx.LayerNorm(dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        linear = lambda i, o: nnx.Linear(i, o, dtype=dtype, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
+        self.cross = Attention(dim, config.num_heads, dtype=dtype, rngs=rngs)
+        self.self_attention = Attention(dim, config.num_heads, dtype=dtype, rngs=rngs)
+        self.up, self.down = linear(dim, config.ffn_dim), linear(config.ffn_dim, dim)
+        self.cross_norm, self.self_norm, self.ffn_norm = norm(), norm(), norm()
+        self.dropout = nnx.Dropout(config.dropout)
+
+    def __call__(self, queries, query_positions, keys, values, allowed, rngs: nnx.Rngs | None):
+        drop = lambda x: x if rngs is None else self.dropout(x, deterministic=False, rngs=rngs)
+        queries = self.cross_norm(queries + drop(self.cross(queries + query_positions, keys, values, allowed)))
+        located = queries + query_positions
+        queries = self.self_norm(queries + drop(self.self_attention(located, located, queries)))
+        return self.ffn_norm(queries + drop(self.down(drop(jax.nn.relu(self.up(queries))))))
+
+
+class MLP(nnx.Module):
+    """Three linear layers with ReLU between them."""
+
+    def __init__(self, dim: int, out_dim: int, *, dtype, rngs: nnx.Rngs):
+        self.layers = nnx.List([nnx.Linear(dim, width, dtype=dtype, rngs=rngs) for width in (dim, dim, out_dim)])
+
+    def __call__(self, x):
+        for layer in self.layers[:-1]:
+            x = jax.nn.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class MaskDecoder(nnx.Module):
+    """Turns a feature pyramid into mask and class logits by query, one prediction before and after every layer."""
+
+    def __init__(self, config: MaskDecoderConfig, feature_dim: int, num_classes: int, *, dtype, rngs: nnx.Rngs):
+        dim = config.hidden_dim
+        linear = lambda i, o: nnx.Linear(i, o, dtype=dtype, rngs=rngs)
+        self.config = config
+        self.dtype = dtype
+        self.level_projections = nnx.List([linear(feature_dim, dim) for _ in range(config.num_levels)])
+        self.level_embeddings = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.num_levels, dim)))
+        self.mask_features = linear(feature_dim, config.mask_dim)
+        self.position_projection = linear(dim, dim)
+        num_free = 1 if config.query_stride else config.num_queries
+        self.query_content = nnx.Param(jax.random.normal(rngs.params(), (num_free, dim)))
+        self.query_positions = nnx.Param(jax.random.normal(rngs.params(), (num_free, dim)))
+        self.layers = nnx.List([DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
+        self.norm = nnx.LayerNorm(dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        self.class_head = linear(dim, num_classes + 1)
+        self.mask_head = MLP(dim, config.mask_dim, dtype=dtype, rngs=rngs)
+        if config.query_stride:
+            self.query_projection = linear(feature_dim, dim)
+            self.prior_head = MLP(dim, 3, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        pixel_map: Float[Array, "batch h w features"],
+        pyramid: list[Float[Array, "batch _ _ features"]],
+        *,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[tuple[Array, Array], ...]:
+        """Decodes.
+
+        Args:
+          pixel_map: the map at whose resolution masks are predicted.
+          pyramid: at least ``num_levels`` maps, coarse to fine; the first ``num_levels`` are attended to in turn.
+          rngs: feeds dropout; None for none.
+
+        Returns:
+          (mask_logits ``[batch, queries, h, w]``, class_logits ``[batch, queries, classes + 1]``) before the first
+          layer and after each, float32.
+
+        Raises:
+          ValueError: the pyramid has fewer than ``num_levels`` maps.
+        """
+        config = self.config
+        if len(pyramid) < config.num_levels:
+            raise ValueError(f"mask decoder: num_levels={config.num_levels}, but the pyramid has {len(pyramid)} maps")
+        batch, height, width, _ = pixel_map.shape
+        mask_features = self.mask_features(pixel_map)
+        anchors = self._anchors(height, width)
+        queries, positions = self._initial_queries(pixel_map, anchors)
+
+        keys, values, sizes = [], [], []
+        for level in range(config.num_levels):
+            source = pyramid[level]
+            rows, columns = source.shape[1:3]
+            value = self.level_projections[level](source).reshape(batch, rows * columns, -1)
+            value = value + self.level_embeddings[level].astype(self.dtype)
+            scale = jnp.array([height / rows, width / columns])
+            keys.append(value + self._encode(pixel_centres(rows, columns) * scale, height, width))
+            values.append(value)
+            sizes.append((rows, columns))
+
+        outputs = [self._predict(queries, mask_features, anchors)]
+        for index, layer in enumerate(self.layers):
+            level = index % config.num_levels
+            allowed = _attention_mask(outputs[-1][0], sizes[level])
+            queries = layer(queries, positions, keys[level], values[level], allowed, rngs)
+            outputs.append(self._predict(queries, mask_features, anchors))
+        return tuple(outputs)
+
+    def _encode(self, positions, height: int, width: int):
+        """Projected sine features; learned queries see positions relative to the map, grid queries see pixels."""
+        if not self.config.query_stride:
+            positions = positions * (1024.0 / jnp.array([height, width]))
+        return self.position_projection(encode_positions(positions, self.config.hidden_dim, 1024.0).astype(self.dtype))
+
+    def _anchors(self, height: int, width: int) -> Float[Array, "queries 2"] | None:
+        stride = self.config.query_stride
+        if not stride:
+            return None
+        rows, columns = max(round(height / stride), 1), max(round(width / stride), 1)
+        return pixel_centres(rows, columns) * jnp.array([height / rows, width / columns])
+
+    def _initial_queries(self, pixel_map, anchors):
+        batch, height, width, _ = pixel_map.shape
+        content = self.query_content.astype(self.dtype)[None]
+        positions = self.query_positions.astype(self.dtype)[None]
+        if anchors is not None:
+            seen = jax.vmap(lambda features: bilinear_sample(features, anchors))(pixel_map)
+            content = content + self.query_projection(seen)
+            positions = positions + self._encode(anchors, height, width)
+        dim = self.config.hidden_dim
+        num_queries = content.shape[1] if anchors is None else len(anchors)
+        broadcast = lambda x: jnp.broadcast_to(x, (batch, num_queries, dim))
+        return broadcast(content), broadcast(positions)
+
+    def _predict(self, queries, mask_features, anchors):
+        normed = self.norm(queries)
+        class_logits = self.class_head(normed).astype(jnp.float32)
+        embedding = self.mask_head(normed) / math.sqrt(self.config.mask_dim)
+        if anchors is not None:
+            # The prior is four more channels of the same product, in float32: squares of coordinates need it.
+            prior = self._prior_embedding(self.prior_head(normed), anchors)
+            embedding = jnp.concatenate([embedding.astype(jnp.float32), prior], axis=-1)
+            mask_features = jnp.concatenate(
+                [mask_features.astype(jnp.float32), self._prior_features(mask_features.shape[:3])], axis=-1
+            )
+        mask_logits = jnp.einsum("bqd,bhwd->bqhw", embedding, mask_features, preferred_element_type=jnp.float32)
+        return mask_logits, class_logits
+
+    def _prior_embedding(self, raw, anchors) -> Float[Array, "batch queries 4"]:
+        """Coefficients of ``1 - sharpness |position - centre|^2``, in cells: positive within a cell before training."""
+        raw = raw.astype(jnp.float32)
+        centre = anchors[None] / self.config.query_stride + 2.0 * jnp.tanh(raw[..., :2])
+        sharpness = jax.nn.softplus(raw[..., 2:] + 0.5)
+        constant = 1.0 - sharpness * jnp.sum(centre**2, axis=-1, keepdims=True)
+        return jnp.concatenate([-sharpness, 2.0 * sharpness * centre, constant], axis=-1)
+
+    def _prior_features(self, shape: tuple[int, int, int]) -> Float[Array, "batch h w 4"]:
+        """``(|position|^2, y, x, 1)`` of every pixel, in cells: what the coefficients multiply."""
+        batch, height, width = shape
+        position = pixel_centres(height, width) / self.config.query_stride
+        square = jnp.sum(position**2, axis=-1, keepdims=True)
+        features = jnp.concatenate([square, position, jnp.ones_like(square)], axis=-1)
+        return jnp.broadcast_to(features.reshape(height, width, 4), (batch, height, width, 4))
+
+
+def _attention_mask(mask_logits, size: tuple[int, int]) -> Bool[Array, "batch queries keys"]:
+    """Keys inside the predicted mask; a query whose mask is empty at this level may read everything."""
+    resized = jax.image.resize(
+        jax.lax.stop_gradient(mask_logits), (*mask_logits.shape[:2], *size), "linear", antialias=False
+    )
+    allowed = (resized > 0).reshape(*mask_logits.shape[:2], -1)
+    return allowed | ~jnp.any(allowed, axis=-1, keepdims=True)

@@ -1,0 +1,123 @@
+"""The segmenters that a configuration can name, with their sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from cast_jax.core.errors import UserError
+from cast_jax.models import dinov2
+from cast_jax.models.dpt import DptConfig
+from cast_jax.models.functional import Functional
+from cast_jax.models.mask_decoder import MaskDecoderConfig
+from cast_jax.models.student import Student, StudentConfig
+
+
+def student_s() -> StudentConfig:
+    """The paper's student: DINOv2-S, DPT-S and nine 384-d decoder layers, 52 M parameters (for up to 100 classes)."""
+    return StudentConfig(
+        encoder=dinov2.dinov2_s(remat=True),
+        decoder=DptConfig(),
+        mask_decoder=MaskDecoderConfig(hidden_dim=384, mask_dim=384, num_layers=9),
+        encoder_layers=(2, 5, 8, 11),
+    )
+
+
+def student_l() -> StudentConfig:
+    """A teacher of the student's family: DINOv2-L, the DPT-L neck of Depth-Anything-V2, nine decoder layers."""
+    return StudentConfig(
+        encoder=dinov2.dinov2_l(remat=True),
+        decoder=DptConfig(features=256, out_channels=(256, 512, 1024, 1024)),
+        mask_decoder=MaskDecoderConfig(hidden_dim=384, mask_dim=384, num_layers=9),
+        encoder_layers=(4, 11, 17, 23),
+    )
+
+
+def student_tiny() -> StudentConfig:
+    """For CPUs and small data without pretrained weights: grid queries learn from scratch in minutes."""
+    return StudentConfig(
+        encoder=dinov2.tiny(embed_dim=64, depth=4, num_heads=2),
+        decoder=DptConfig(features=24, out_channels=(24, 32, 64, 64)),
+        mask_decoder=MaskDecoderConfig(
+            hidden_dim=64,
+            mask_dim=24,
+            num_heads=4,
+            ffn_dim=128,
+            num_layers=2,
+            query_stride=6,
+            num_levels=2,
+            dropout=0.0,
+        ),
+        encoder_layers=(0, 1, 2, 3),
+    )
+
+
+def teacher_tiny() -> StudentConfig:
+    """The larger sibling of ``student_tiny``, four times its cost."""
+    return StudentConfig(
+        encoder=dinov2.tiny(embed_dim=128, depth=6, num_heads=4),
+        decoder=DptConfig(features=40, out_channels=(40, 64, 96, 128)),
+        mask_decoder=MaskDecoderConfig(
+            hidden_dim=96,
+            mask_dim=32,
+            num_heads=4,
+            ffn_dim=256,
+            num_layers=3,
+            query_stride=6,
+            num_levels=2,
+            dropout=0.0,
+        ),
+        encoder_layers=(1, 2, 4, 5),
+    )
+
+
+SEGMENTERS: dict[str, Callable[[], StudentConfig]] = {
+    config.__name__: config for config in (student_s, student_l, student_tiny, teacher_tiny)
+}
+
+
+def segmenter_config(spec: Mapping[str, Any], where: str = "model") -> StudentConfig:
+    """The sizes that ``{"name": "student_s", "encoder": {...}, ...}`` describes: a named model with single changes.
+
+    Raises:
+      UserError: an unknown name, part or field, with the known ones.
+    """
+    spec = dict(spec)
+    name = spec.pop("name", None)
+    if name not in SEGMENTERS:
+        raise UserError(f"{where}.name {name!r} is unknown; known: {', '.join(SEGMENTERS)}")
+    config = SEGMENTERS[name]()
+    changes: dict[str, Any] = {}
+    for part, values in spec.items():
+        if not hasattr(config, part):
+            raise UserError(f"{where}.{part} is unknown; known: {', '.join(vars(config))}")
+        if not isinstance(values, Mapping):
+            changes[part] = tuple(values)
+            continue
+        known = vars(getattr(config, part))
+        if unknown := sorted(set(values) - set(known)):
+            raise UserError(f"{where}.{part}: unknown key {', '.join(unknown)}; known: {', '.join(known)}")
+        values = {key: tuple(value) if isinstance(value, list | tuple) else value for key, value in values.items()}
+        changes[part] = dataclasses.replace(getattr(config, part), **values)
+    return dataclasses.replace(config, **changes)
+
+
+def build_segmenter(
+    spec: Mapping[str, Any], num_classes: int, image_size: tuple[int, int], *, dtype: Any = jnp.float32
+) -> Functional:
+    """A segmenter as a pure function.
+
+    Raises:
+      UserError: see :func:`segmenter_config`; image sides that are no multiples of the patch size.
+    """
+    config = segmenter_config(spec)
+    if any(side % config.patch_size for side in image_size):
+        nearest = [max(round(side / config.patch_size), 1) * config.patch_size for side in image_size]
+        raise UserError(
+            f"data.image_size {tuple(image_size)} must be multiples of the patch size {config.patch_size} of "
+            f"{spec['name']}; the nearest is {tuple(nearest)}"
+        )
+    return Functional(lambda rngs: Student(config, num_classes, dtype=dtype, rngs=rngs))

@@ -1,0 +1,73 @@
+"""The student: DINOv2 encoder, DPT decoder, masked-attention transformer decoder (method.md section 4).
+
+The small teachers of the demo and of data without a foundation model are larger members of the same family.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from cast_jax.models.dinov2 import IMAGE_MEAN, IMAGE_STD, DinoV2, DinoV2Config
+from cast_jax.models.dpt import Dpt, DptConfig
+from cast_jax.models.mask_decoder import MaskDecoder, MaskDecoderConfig
+from cast_jax.models.segmenter import Prediction
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentConfig:
+    """The three parts, and which encoder blocks (0-based) feed the DPT decoder, shallow to deep."""
+
+    encoder: DinoV2Config
+    decoder: DptConfig
+    mask_decoder: MaskDecoderConfig
+    encoder_layers: tuple[int, int, int, int]
+
+    @property
+    def patch_size(self) -> int:
+        """Image sides must be multiples of this."""
+        return self.encoder.patch_size
+
+
+class Student(nnx.Module):
+    """Images in [0, 1] to a :class:`Prediction`; masks and features at four times the patch grid."""
+
+    def __init__(self, config: StudentConfig, num_classes: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.dtype = dtype
+        self.encoder = DinoV2(config.encoder, dtype=dtype, rngs=rngs)
+        self.decoder = Dpt(config.encoder.embed_dim, config.decoder, dtype=dtype, rngs=rngs)
+        self.mask_decoder = MaskDecoder(
+            config.mask_decoder, config.decoder.features, num_classes, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, images: Float[Array, "batch height width 3"], *, rngs: nnx.Rngs | None = None) -> Prediction:
+        images = (images - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
+        maps = self.encoder(images.astype(self.dtype), layers=self.config.encoder_layers, rngs=rngs)
+        finest, coarser = self.decoder(maps)
+        outputs = self.mask_decoder(finest, coarser, rngs=rngs)
+        mask_logits, class_logits = outputs[-1]
+        return Prediction(
+            mask_logits=mask_logits,
+            class_logits=class_logits,
+            pixel_features=finest.astype(jnp.float32),
+            aux=outputs[:-1],
+        )
+
+
+class ProjectionHead(nnx.Module):
+    """Two-layer MLP to L2-normalised pixel embeddings (method.md section 3)."""
+
+    def __init__(self, feature_dim: int, embedding_dim: int = 128, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.hidden = nnx.Linear(feature_dim, embedding_dim, dtype=dtype, rngs=rngs)
+        self.out = nnx.Linear(embedding_dim, embedding_dim, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, features: Float[Array, "*batch channels"], *, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "*batch embedding"]:
+        """Embeddings of unit length, float32. There is no dropout; ``rngs`` is part of the common call."""
+        embedding = self.out(nnx.relu(self.hidden(features))).astype(jnp.float32)
+        return embedding / jnp.sqrt(jnp.sum(embedding**2, axis=-1, keepdims=True) + 1e-12)

@@ -1,0 +1,182 @@
+"""The one objective of every stage (method.md section 1): L = L_sup + lambda_pl L_pl + lambda_pxl L_pxl.
+
+With both weights zero and no unlabelled batch it is plain supervised training (finetune, refine, the baseline).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from cast_jax.contrastive.config import ContrastiveConfig
+from cast_jax.contrastive.correspondence import correspond
+from cast_jax.contrastive.fused_map import pseudo_probability
+from cast_jax.contrastive.loss import contrastive_loss
+from cast_jax.core.geometry import pixel_centres, unpack_masks
+from cast_jax.losses.set_criterion import CriterionConfig, set_criterion
+from cast_jax.models.functional import Functional, Params
+from cast_jax.models.segmenter import Prediction
+from cast_jax.recipes.base import Batch, Metrics, view_images, view_targets
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """Weights of the terms and where they apply.
+
+    Attributes:
+      supervised_weight: of L_sup; 0 distils on unlabelled images only.
+      pseudo_label_weight: lambda_pl.
+      contrastive_weight: lambda_pxl.
+      supervised_views, pseudo_label_views: the views whose predictions meet (pseudo-)labels **(chosen)**.
+      contrastive_stride: side of the square of feature pixels that one contrastive pixel averages; 1 is the paper's.
+      criterion, contrastive: the terms themselves.
+    """
+
+    supervised_weight: float = 1.0
+    pseudo_label_weight: float = 0.0
+    contrastive_weight: float = 0.0
+    supervised_views: tuple[str, ...] = ("weak", "strong")
+    pseudo_label_views: tuple[str, ...] = ("weak", "strong")
+    contrastive_stride: int = 1
+    criterion: CriterionConfig = dataclasses.field(default_factory=CriterionConfig)
+    contrastive: ContrastiveConfig = dataclasses.field(default_factory=ContrastiveConfig)
+
+
+class SemiSupervised:
+    """Trains a segmenter, and a projection head where the contrastive term is on."""
+
+    def __init__(self, segmenter: Functional, projection: Functional, config: ObjectiveConfig):
+        """``segmenter`` returns a :class:`Prediction`; ``projection`` maps its pixel features to embeddings."""
+        self.segmenter = segmenter
+        self.projection = projection
+        self.config = config
+
+    def init(self, key: PRNGKeyArray) -> Params:
+        """Fresh ``{"segmenter": ..., "projection": ...}``; the projection only where it is trained."""
+        segmenter_key, projection_key = jax.random.split(key)
+        params = {"segmenter": self.segmenter.init(segmenter_key)}
+        if self.config.contrastive_weight:
+            params["projection"] = self.projection.init(projection_key)
+        return params
+
+    def loss_fn(self, params: Params, frozen: Params, batch: Batch, key: PRNGKeyArray) -> tuple[Array, Metrics]:
+        """One forward pass over all views of all images, then the three terms.
+
+        Metrics: ``loss/*`` (unweighted terms), ``pseudo_labels/*`` (kept instances an image), ``contrastive/*``.
+        """
+        del frozen  # no recipe of the paper's own pipeline asks a teacher inside the step: its labels are stored
+        config = self.config
+        keys = dict(zip(("dropout", "labelled", "unlabelled", "contrastive"), jax.random.split(key, 4), strict=True))
+        predictions = self._forward(params["segmenter"], batch, keys["dropout"])
+        loss, metrics = jnp.zeros(()), {}
+        for group, weight, views, prefix in (
+            ("labelled", config.supervised_weight, config.supervised_views, "supervised"),
+            ("unlabelled", config.pseudo_label_weight, config.pseudo_label_views, "pseudo_label"),
+        ):
+            if weight and group in batch:
+                term, terms = self._set_loss(keys[group], predictions[group], batch[group], views)
+                loss = loss + weight * term
+                metrics |= {f"loss/{prefix}": (term, jnp.ones(()))}
+                metrics |= {f"loss/{prefix}_{name}": pair for name, pair in terms.items()}
+        if "unlabelled" in batch and config.pseudo_label_weight:
+            metrics |= _pseudo_label_metrics(batch["unlabelled"])
+        if config.contrastive_weight:
+            term, terms = self._contrastive_loss(keys["contrastive"], params, predictions, batch)
+            loss = loss + config.contrastive_weight * term
+            metrics |= terms
+        return loss, metrics | {"loss/total": (loss, jnp.ones(()))}
+
+    def _forward(self, params: Params, batch: Batch, key: PRNGKeyArray) -> dict[str, dict[str, Prediction]]:
+        names = [(group, view) for group in sorted(batch) for view in ("weak", "strong") if view in batch[group]]
+        images = [view_images(batch[group][view]) for group, view in names]
+        prediction = self.segmenter.apply(params, jnp.concatenate(images), key=key)
+        result: dict[str, dict[str, Prediction]] = {group: {} for group in batch}
+        start = 0
+        for (group, view), image in zip(names, images, strict=True):
+            stop = start + len(image)
+            result[group][view] = jax.tree.map(lambda x, a=start, b=stop: x[a:b], prediction)
+            start = stop
+        return result
+
+    def _set_loss(self, key, predictions, group, views) -> tuple[Array, Metrics]:
+        """The set criterion, averaged over the views that are there."""
+        views = [view for view in views if view in predictions]
+        losses, totals = [], []
+        for view_key, view in zip(jax.random.split(key, len(views)), views, strict=True):
+            prediction = predictions[view]
+            layers = (*prediction.aux, (prediction.mask_logits, prediction.class_logits))
+            loss, terms = set_criterion(view_key, layers, view_targets(group[view]), self.config.criterion)
+            losses.append(loss)
+            totals.append(terms)
+        return sum(losses) / len(losses), jax.tree.map(lambda *values: sum(values), *totals)
+
+    def _contrastive_loss(self, key, params, predictions, batch) -> tuple[Array, Metrics]:
+        """L_pxl over all images of the batch; the strong view's pixels are the positions, weak is read beside them."""
+        config, stride = self.config, self.config.contrastive_stride
+        groups = sorted(batch)
+        join = lambda read: jnp.concatenate([read(group) for group in groups])
+        image_size = batch[groups[0]]["strong"]["image"].shape[1:3]
+
+        def embed(view: str) -> Float[Array, "batch h w embedding"]:
+            features = join(lambda group: predictions[group][view].pixel_features)
+            return self.projection.apply(params["projection"], _pool(features, stride))
+
+        z_weak, z_strong = embed("weak"), embed("strong")
+        mask_logits = join(lambda group: predictions[group]["weak"].mask_logits)
+        class_logits = join(lambda group: predictions[group]["weak"].class_logits)
+        pooled = jnp.moveaxis(_pool(jnp.moveaxis(mask_logits, 1, -1), stride), -1, 1)
+        g = pseudo_probability(pooled, class_logits, config.contrastive.map)
+        read = jnp.concatenate([z_weak, g], axis=-1)
+        seen, valid = correspond(
+            read,
+            join(lambda group: batch[group]["strong_to_weak"]),
+            join(lambda group: batch[group]["strong"]["valid_box"]),
+            image_size,
+            valid_box_weak=join(lambda group: batch[group]["weak"]["valid_box"]),
+        )
+        z_seen, g_seen = jnp.split(seen, [z_weak.shape[-1]], axis=-1)
+        z_seen = z_seen / jnp.sqrt(jnp.sum(z_seen**2, axis=-1, keepdims=True) + 1e-12)
+        total, count, metrics = contrastive_loss(
+            key,
+            config.contrastive,
+            z_weak=z_seen,
+            z_strong=z_strong.reshape(z_seen.shape),
+            g=g_seen,
+            valid=valid,
+            instance_ids=join(lambda group: instance_map(batch[group]["strong"], z_strong.shape[1:3])),
+        )
+        loss = total / jnp.maximum(count, 1.0)
+        return loss, metrics | {"contrastive/loss": (total, count)}
+
+
+def instance_map(view: Batch, size: tuple[int, int]) -> Int[Array, "batch pixels"]:
+    """Which instance lies under each centre of an ``h x w`` grid: 0 none, i + 1 the i-th, -1 not known (ignored)."""
+    height, width = view["image"].shape[1:3]
+    centres = pixel_centres(*size) * jnp.array([height / size[0], width / size[1]])
+    y, x = jnp.floor(centres).astype(jnp.int32).T
+    masks = unpack_masks(view["masks"], width)[:, :, y, x] & view["instance_valid"][:, :, None]
+    ids = jnp.where(jnp.any(masks, axis=1), jnp.argmax(masks, axis=1) + 1, 0)
+    return jnp.where(unpack_masks(view["ignore"], width)[:, y, x], -1, ids)
+
+
+def _pool(
+    features: Float[Array, "batch h w channels"], stride: int
+) -> Float[Array, "batch h/stride w/stride channels"]:
+    """Averages squares of ``stride`` x ``stride`` pixels; a remainder at the border is left out."""
+    if stride == 1:
+        return features
+    batch, height, width, channels = features.shape
+    rows, columns = height // stride, width // stride
+    cropped = features[:, : rows * stride, : columns * stride]
+    return cropped.reshape(batch, rows, stride, columns, stride, channels).mean((2, 4))
+
+
+def _pseudo_label_metrics(group: Batch) -> Metrics:
+    view = group["weak" if "weak" in group else "strong"]
+    images = jnp.asarray(view["instance_valid"].shape[0], jnp.float32)
+    kept = jnp.sum(view["instance_valid"]).astype(jnp.float32)
+    score = jnp.sum(jnp.where(view["instance_valid"], view["scores"], 0.0))
+    return {"pseudo_labels/per_image": (kept, images), "pseudo_labels/score": (score, kept)}

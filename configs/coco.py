@@ -1,0 +1,21 @@
+"""Your own data: a COCO JSON with a few labelled images, a folder of unlabelled ones, a COCO JSON for validation.
+
+python -m cast_jax.main --config configs/coco.py:cast --workdir runs/mine \
+    --config.data.labelled=labelled.json --config.data.unlabelled=unlabelled/ --config.data.val=val.json
+
+The images of a JSON lie in the folder beside it with its name (``labelled/``), or in ``data.labelled_images``.
+"""
+
+from configs import common
+
+
+def get_config(argument: str = "cast"):
+    """``step[,seed=0][,smoke][,size=518]``; ``size`` is the side of the square that images are fitted into."""
+    arguments = common.parse_arguments(argument, size=518)
+    config = common.base(arguments, "configs/coco.py")
+    config.data.kind = "coco"
+    config.data.image_size = (arguments.size, arguments.size)
+    config.data.update({"labelled": "", "unlabelled": "", "val": "", "labelled_images": "", "val_images": ""})
+    if arguments.smoke:
+        common.smoke(config)
+    return config

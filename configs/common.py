@@ -1,0 +1,195 @@
+"""What every configuration shares: parsing ``file.py:step,key=value`` and the paper's hyper-parameters.
+
+Values marked (chosen) are ours where the paper is silent; the others are its table.
+"""
+
+from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections.config_dict import placeholder
+
+STEPS = ("cast", "pretrain", "finetune", "pseudo_label", "adapt", "distill", "refine", "student_supervised", "evaluate")
+PIPELINE = (
+    "finetune",
+    "pseudo_label/finetuned",
+    "adapt",
+    "pseudo_label/adapted",
+    "distill",
+    "refine",
+    "student_supervised",
+)
+
+
+def parse_arguments(
+    text: str, steps: tuple[str, ...] = STEPS, **defaults: bool | int | float | str
+) -> FrozenConfigDict:
+    """Parses ``"distill,seed=1,smoke"``: the step, then arguments typed by their defaults (a bare name sets a bool).
+
+    Raises:
+      ValueError: an unknown step or argument, listing the known ones, or a value of the wrong type.
+    """
+    defaults = {"seed": 0, "smoke": False, **defaults}
+    values = dict(defaults)
+    step, *arguments = text.split(",")
+    if step not in steps:
+        raise ValueError(f"unknown step {step!r}; known steps: {', '.join(steps)}")
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name not in defaults:
+            raise ValueError(f"unknown config argument {name!r}; known: {', '.join(defaults)}")
+        kind = type(defaults[name])
+        if kind is bool:
+            known = {"": True, "true": True, "1": True, "false": False, "0": False}
+            if value.lower() not in known:
+                raise ValueError(f"config argument {name}={value!r} must be true or false")
+            values[name] = known[value.lower()]
+        else:
+            try:
+                values[name] = kind(value)
+            except ValueError as error:
+                raise ValueError(f"config argument {name}={value!r} must be of type {kind.__name__}") from error
+    return FrozenConfigDict({"step": step, **values})
+
+
+def base(arguments: FrozenConfigDict, file: str) -> ConfigDict:
+    """The paper's protocol, with the data and the models still to be named."""
+    config = ConfigDict()
+    config.file = file
+    config.step = arguments.step
+    config.seed = arguments.seed
+    config.pipeline = PIPELINE
+    config.embedding_dim = 128  # of the projection head (chosen)
+    config.runtime = {"compilation_cache": placeholder(str), "debug_nans": False}
+    config.mesh = {"data": -1, "fsdp": 1}
+    config.init = {"teacher": "", "student": ""}  # folders of converted weights; empty: fresh
+    config.model = {"teacher": {"name": "student_l"}, "student": {"name": "student_s"}}
+    config.data = {
+        "kind": "",
+        "image_size": (518, 1036),
+        "max_instances": 100,
+        "on_unreadable": "error",  # or "skip": leave unreadable images out, counted
+        "split_seed": 0,
+        "loader": {"num_threads": 4, "num_workers": 0, "prefetch": 4},
+        "view": {"scale": (0.5, 2.0), "flip_horizontal": 0.5, "crop_area": (0.25, 1.0)},
+        "generated": {"train": 0, "val": 0, "source": 0, "image_size": (128, 256), "seed": 0},
+    }
+    config.pseudo_labels = {"threshold": 0.3, "shard_size": 256}
+    config.evaluate = {
+        "step": "",  # which trained step `:evaluate` looks at; empty: the last one
+        "batch_size": 8,
+        "max_detections": 100,
+        "min_score": 0.01,
+        "overlays": 8,
+    }
+    config.steps = {
+        "finetune": teacher_step(steps=1_000),
+        "adapt": teacher_step(steps=5_000, pseudo_labels="finetuned"),
+        "distill": student_step(steps=90_000, pseudo_labels="adapted"),
+        "refine": student_step(steps=2_000, start="distill", start_parts=()),
+        # The baseline: the same student, updates and images a batch, labels only.
+        "student_supervised": student_step(steps=92_000),
+    }
+    return config
+
+
+def teacher_step(steps: int, **changes) -> dict:
+    """A step of the teacher: batch 4, multi-step schedule, weight decay 0.01."""
+    optimizer = {
+        "learning_rate": 1e-4,  # (chosen: the paper's values were lost)
+        "schedule": "multi_step",
+        "weight_decay": 0.01,
+        "clip_norm": placeholder(float),
+        "learning_rate_rules": (("segmenter/encoder/.*", 0.1), (".*", 1.0)),
+    }
+    return _step("teacher", 4, steps, optimizer, **changes)
+
+
+def student_step(steps: int, **changes) -> dict:
+    """A step of the student: batch 8, polynomial schedule, weight decay 0.05, clipping at 0.1."""
+    optimizer = {
+        "learning_rate": 1e-4,
+        "schedule": "polynomial",
+        "weight_decay": 0.05,
+        "clip_norm": 0.1,
+        "learning_rate_rules": (("segmenter/encoder/.*", 0.1), (".*", 1.0)),  # (chosen)
+    }
+    return _step("student", 8, steps, optimizer, **{"start_parts": ("encoder",), **changes})
+
+
+def _step(
+    model: str,
+    batch: int,
+    steps: int,
+    optimizer: dict,
+    *,
+    start: str = "",
+    start_parts: tuple[str, ...] = (),
+    pseudo_labels: str = "",
+    source: str = "labelled",
+) -> dict:
+    """With pseudo-labels half of the batch is unlabelled (chosen) and all three terms are on."""
+    semi = bool(pseudo_labels)
+    return {
+        "model": model,
+        "source": source,  # "labelled", or "pretrain" for the demo's other look
+        "start": start,  # a step whose weights to start from; empty: config.init
+        "start_parts": start_parts,  # which parts of them; empty: all
+        "pseudo_labels": pseudo_labels,  # "finetuned" or "adapted"
+        "data": {
+            "batch_labelled": batch // 2 if semi else batch,
+            "batch_unlabelled": batch // 2 if semi else 0,
+            "views": ("weak", "strong"),
+        },
+        "objective": {
+            "supervised_weight": 1.0,
+            "pseudo_label_weight": 1.0 if semi else 0.0,  # (chosen)
+            "contrastive_weight": 0.2 if semi else 0.0,
+            "contrastive_stride": 1,
+            "criterion": {"num_points": 12_544},
+            "contrastive": {
+                "num_negatives": 256,
+                "temperature": 0.2,
+                "map": "fusion",
+                "score": "d",
+                "scope": "batch",
+                "loss": "infonce",
+                "sampler": "mixture_proposals",
+            },
+        },
+        "optimizer": optimizer,
+        "train": {"steps": steps, "log_every": 50, "save_every": 1000, "eval_every": 0, "keep": 2},
+    }
+
+
+def tiny_models(config: ConfigDict, image_size: tuple[int, int]) -> None:
+    """Models and losses for two CPU cores: learned from scratch on small images."""
+    config.model = {"teacher": {"name": "teacher_tiny"}, "student": {"name": "student_tiny"}}
+    config.data.image_size = image_size
+    config.data.loader = {"num_threads": 2, "num_workers": 0, "prefetch": 2}
+    config.embedding_dim = 32
+    for step in config.steps.values():
+        step.optimizer.update({"learning_rate": 2e-3, "schedule": "polynomial", "weight_decay": 0.02, "clip_norm": 1.0})
+        step.optimizer.update({"warmup_steps": 20, "learning_rate_rules": ((".*", 1.0),)})
+        step.objective.contrastive_stride = 2
+        step.objective.criterion = {"num_points": placeholder(int)}
+        step.objective.contrastive.update({"num_negatives": 64, "num_anchors": 128})
+
+
+def smoke(config: ConfigDict) -> None:
+    """The same code path with tiny models and a few steps, on generated data where no root is given."""
+    tiny_models(config, (64, 128))
+    config.data.max_instances = 16
+    config.data.generated = {"train": 12, "val": 4, "source": 8, "image_size": (64, 128), "seed": 0}
+    config.pseudo_labels.threshold = 0.0  # a model of a few steps is sure of nothing
+    config.evaluate.overlays = 2
+    small = {
+        "encoder": {"embed_dim": 32, "depth": 4, "num_heads": 2},
+        "decoder": {"features": 16, "out_channels": (16, 16, 16, 16)},
+    }
+    decoder = {"hidden_dim": 32, "mask_dim": 16, "ffn_dim": 32, "num_layers": 1}
+    for role in config.model:
+        config.model[role] = {"name": "student_tiny", **small, "mask_decoder": decoder}
+    for step in config.steps.values():
+        step.data.batch_labelled = 2
+        step.data.batch_unlabelled = 2 if step.pseudo_labels else 0
+        step.optimizer.warmup_steps = 1
+        step.objective.contrastive.update({"num_negatives": 16, "num_anchors": 32})
+        step.train.update({"steps": 3, "log_every": 1, "save_every": 2})
