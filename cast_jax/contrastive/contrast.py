@@ -48,7 +48,7 @@ class CandidatePixels(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over the anchors of what is reported; every one a float32 scalar."""
+    """Sums over the anchors of what is reported; every one a scalar of the default float type."""
 
     loss: Float[Array, ""]
     anchors: Float[Array, ""]
@@ -63,7 +63,7 @@ class Sums(NamedTuple):
 
 
 def _no_sums() -> Sums:
-    return Sums(*([jnp.zeros((), jnp.float32)] * len(Sums._fields)))
+    return Sums(*([jnp.zeros(())] * len(Sums._fields)))
 
 
 def _add(first, second):
@@ -105,12 +105,12 @@ def _contrast_rows(config, z_anchors, z_positives, z_negatives, taken, anchors, 
     same = regions == anchors.regions[:, None]
     apart = known & ~same
     sums = _no_sums()._replace(
-        loss=loss.astype(jnp.float32),
-        anchors=jnp.sum(anchors.valid, dtype=jnp.float32),
-        false_negatives=jnp.sum(known & same, dtype=jnp.float32),
-        known_negatives=jnp.sum(known, dtype=jnp.float32),
-        margin=jnp.sum(jnp.where(apart, positive[:, None] - negative, 0.0), dtype=jnp.float32),
-        margin_pairs=jnp.sum(apart, dtype=jnp.float32),
+        loss=loss.astype(float),
+        anchors=jnp.sum(anchors.valid, dtype=float),
+        false_negatives=jnp.sum(known & same, dtype=float),
+        known_negatives=jnp.sum(known, dtype=float),
+        margin=jnp.sum(jnp.where(apart, positive[:, None] - negative, 0.0), dtype=float),
+        margin_pairs=jnp.sum(apart, dtype=float),
     )
     return sums, gradients
 
@@ -175,9 +175,9 @@ def _contrast_group(config, prepared, pixels: CandidatePixels, z_candidates, car
             config, z_anchors, z_positives, z_pool, shared.taken, own, regions
         )
         d_candidates = d_candidates.at[shared.pool].add(d_pool)
-        accepted = jnp.sum(jnp.where(anchors.valid, shared.accepted, 0), dtype=jnp.float32)
-        requested = jnp.sum(anchors.valid, dtype=jnp.float32)
-        short = jnp.sum(by_row, dtype=jnp.float32)
+        accepted = jnp.sum(jnp.where(anchors.valid, shared.accepted, 0), dtype=float)
+        requested = jnp.sum(anchors.valid, dtype=float)
+        short = jnp.sum(by_row, dtype=float)
         sums = _add(sums, more)
         sums = sums._replace(
             accepted=sums.accepted + accepted,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 
 class Cumulative(NamedTuple):
@@ -39,17 +39,14 @@ def cumulate(weights: Float[Array, "*batch n"]) -> Cumulative:
     return Cumulative(_increasing_sum(inner[..., -1]), inner)
 
 
-def draw(key: PRNGKeyArray, cumulative: Cumulative, count: int) -> Int[Array, "count"]:
-    """``count`` independent draws from one (unbatched) distribution; position 0 if all weights are zero.
+def pick(cumulative: Cumulative, uniform: Float[Array, "2 draws"]) -> Int[Array, "draws"]:
+    """One draw for each pair of numbers uniform in [0, 1), from one distribution; position 0 if all weights are zero.
 
     Each level spends its own uniform number, so the resolution does not suffer from many items: 2⁻²³ of a block's
     weight, instead of 2⁻²³ of everything.
     """
-    uniform = jax.random.uniform(key, (2, count, 1))
-    size = cumulative.inner.shape[-1]
-    block = jnp.sum(cumulative.blocks <= uniform[0] * cumulative.blocks[-1], axis=-1)
-    block = jnp.minimum(block, cumulative.blocks.shape[0] - 1)
-    rows = cumulative.inner[block]
-    inside = jnp.sum(rows <= uniform[1] * rows[:, -1:], axis=-1)
-    found = block * size + jnp.minimum(inside, size - 1)
-    return jnp.where(cumulative.blocks[-1] > 0, found, 0).astype(jnp.int32)
+    total = cumulative.blocks[-1]
+    block = jnp.sum(cumulative.blocks <= uniform[0][:, None] * total, axis=-1)
+    rows = cumulative.inner[jnp.minimum(block, cumulative.blocks.shape[0] - 1)]
+    inside = jnp.sum(rows <= uniform[1][:, None] * rows[:, -1:], axis=-1)
+    return jnp.where(total > 0, block * cumulative.inner.shape[-1] + inside, 0).astype(jnp.int32)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from cast_jax.contrastive.cumulative import Cumulative, cumulate, draw
+from cast_jax.contrastive.cumulative import Cumulative, cumulate, pick
 from cast_jax.contrastive.scores import EXPECTED_ACCEPTANCE, CandidateMap, debias_score, envelope
 
 SAMPLERS = ("mixture_proposals", "inverse_cdf", "categorical")
@@ -77,9 +77,8 @@ def inverse_cdf(
 ) -> tuple[Int[Array, "anchors negatives"], Bool[Array, "anchors"]]:
     """Inverts the cumulative sum of each anchor's scores; arguments and results as of ``categorical``."""
     cumulative = cumulate(_scores(score, anchors, own, candidates))
-    keys = jax.random.split(key, anchors.shape[0])
-    drawn = jax.vmap(lambda key, row: draw(key, row, num_negatives))(keys, cumulative)
-    return drawn, cumulative.total > 0
+    uniform = jax.random.uniform(key, (anchors.shape[0], 2, num_negatives))
+    return jax.vmap(pick)(cumulative, uniform), cumulative.total > 0
 
 
 ROW_SAMPLERS: dict[str, RowSampler] = {"inverse_cdf": inverse_cdf, "categorical": categorical}
@@ -120,12 +119,14 @@ class SharedDraws(NamedTuple):
 
 
 def _running_count(flags: Bool[Array, "rows n"]) -> Int[Array, "rows n"]:
-    """Cumulative sum of flags along rows whose length divides by 32, as two small exact products."""
+    """Cumulative sum of flags along rows whose length divides by 32, by counting the bits of packed words."""
     rows, n = flags.shape
-    blocks = flags.reshape(rows, n // 32, 32).astype(jnp.float32)
-    inside = blocks @ jnp.triu(jnp.ones((32, 32), jnp.float32))
-    before = inside[..., -1] @ jnp.triu(jnp.ones((n // 32, n // 32), jnp.float32), 1)
-    return (inside + before[..., None]).reshape(rows, n).astype(jnp.int32)
+    position = jnp.arange(32, dtype=jnp.uint32)
+    bits = flags.reshape(rows, n // 32, 32).astype(jnp.uint32) << position
+    words = jnp.sum(bits, axis=-1, keepdims=True, dtype=jnp.uint32)
+    whole = jax.lax.population_count(words)
+    inside = jax.lax.population_count(words & ((jnp.uint32(2) << position) - 1))
+    return (jnp.cumsum(whole, axis=1) - whole + inside).reshape(rows, n).astype(jnp.int32)
 
 
 def mixture_proposals(
@@ -153,8 +154,8 @@ def mixture_proposals(
     """
     candidates, terms = proposals
     num_terms, num_anchors = terms.blocks.shape[0], anchors.shape[0]
-    pool_key, accept_key = jax.random.split(key)
-    pool = jax.vmap(lambda key, term: draw(key, term, slots))(jax.random.split(pool_key, num_terms), terms).ravel()
+    uniform = jax.random.uniform(key, (2 * num_terms + num_anchors, slots))
+    pool = jax.vmap(pick)(terms, uniform[: 2 * num_terms].reshape(num_terms, 2, slots)).ravel()
 
     offsets = anchors - candidates.centre
     factors = envelope(score, jnp.sum(jnp.square(offsets), axis=-1), candidates.spread[pool])
@@ -166,7 +167,7 @@ def mixture_proposals(
     total = jnp.sum(mass, axis=-1, keepdims=True)
     share = (mass / jnp.where(total > 0, total, jnp.inf))[:, :, None]
     start = jnp.cumsum(share, axis=1) - share
-    coin = jax.random.uniform(accept_key, (num_anchors, 1, slots))
+    coin = uniform[2 * num_terms :, None, :]
     hit = (coin >= start) & (coin < start + share * ratio)
 
     rank = _running_count(jnp.any(hit, axis=1))
