@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,9 @@ class Checkpoints:
       folder: holds one subfolder a step, and ``evaluations.json``.
       keep: how many of the newest to keep; the best by ``best_metric`` is kept besides.
       best_metric: name in the metrics given to :meth:`record_evaluation`, higher is better; None keeps no best.
-      asynchronous: write in the background. None: on accelerators only, because on a CPU orbax reads the very buffers
-        that the next, donating step overwrites.
     """
 
-    def __init__(
-        self, folder: Path, *, keep: int = 2, best_metric: str | None = None, asynchronous: bool | None = None
-    ) -> None:
+    def __init__(self, folder: Path, *, keep: int = 2, best_metric: str | None = None) -> None:
         if keep < 1:
             raise UserError(f"keep is {keep}: at least one checkpoint must be kept")
         self.folder = Path(folder).absolute()
@@ -79,10 +76,7 @@ class Checkpoints:
         self.best_metric = best_metric
         # Orbax reports each file at INFO; the root handlers of a user's program need not hear it.
         logging.getLogger("absl").setLevel(max(logging.WARNING, logging.getLogger("absl").level))
-        self._asynchronous = jax.default_backend() != "cpu" if asynchronous is None else asynchronous
-        options = ocp.CheckpointManagerOptions(
-            create=True, cleanup_tmp_directories=True, enable_async_checkpointing=self._asynchronous
-        )
+        options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> Checkpoints:
@@ -119,20 +113,17 @@ class Checkpoints:
         return {int(step): metrics for step, metrics in read_json(path).items()} if path.exists() else {}
 
     def record_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Stores the evaluation of ``step``; those of later steps (of a run that was rewound) are dropped."""
+        """Stores the evaluation of ``step``."""
         if self.best_metric is not None and self.best_metric not in metrics:
             raise UserError(f"best_metric {self.best_metric!r} is not evaluated; {nearest(self.best_metric, metrics)}")
-        kept = {old: values for old, values in self.evaluations().items() if old < step}
-        if jax.process_index() == 0:
-            write_json(
-                self.folder / EVALUATIONS, {str(old): values for old, values in (kept | {step: metrics}).items()}
-            )
+        self._write_evaluations(self.evaluations() | {step: metrics})
 
     def save(self, state: TrainState, loader_state: Any, metadata: dict[str, Any]) -> None:
         """Saves ``state`` under its step unless it is there, and removes what need not be kept.
 
-        ``loader_state`` is bytes or a JSON value. Returns once ``state`` may be donated. In the background an old
-        checkpoint is removed only when the next save begins, so that there is a whole one at any time.
+        ``loader_state`` is bytes or a JSON value. Returns once ``state`` may be donated: orbax then holds host copies,
+        or on a CPU views, which jax does not let a donating step overwrite. The writing goes on in the background. Old
+        checkpoints go when the next save begins, so that there is a whole one at any time.
         """
         step = int(state.step)
         if step in self.steps():
@@ -142,32 +133,36 @@ class Checkpoints:
         record = {"metadata": metadata, "loader": _gather(loader_state), "shapes": _shapes(state)}
         items = {"state": ocp.args.StandardSave(state), "record": ocp.args.JsonSave(record)}
         self._manager.save(step, args=ocp.args.Composite(**items))
-        if not self._asynchronous:
-            self._prune()
 
     def restore(self, like: TrainState) -> Restored | None:
         """The newest readable checkpoint, or None if there is none.
 
         ``like`` gives shapes, dtypes and shardings (arrays or ``ShapeDtypeStruct``). A checkpoint that cannot be read
-        is set aside with a warning and the one before is tried. Raises :class:`UserError` if none can be read, or if
-        the parameters are those of another configuration.
+        is set aside with a warning and the one before is tried; evaluations of later steps are forgotten. Raises
+        :class:`UserError` if none can be read, or if the parameters are those of another configuration.
         """
-        steps = self.steps()
-        for step in reversed(steps):
+        unreadable: list[int] = []
+        for step in reversed(self.steps()):
             try:
                 restored = self._read(step, like)
             except UserError:
                 raise
             except Exception as error:  # orbax and tensorstore raise many types for a damaged file
                 reason = str(error).strip().split("\n")[0][:200]
-                logger.warning(
-                    "checkpoint %d in %s cannot be read (%s); trying the one before", step, self.folder, reason
-                )
-                self._set_aside(step)
+                logger.warning("checkpoint %d in %s cannot be read (%s)", step, self.folder, reason)
+                unreadable.append(step)
                 continue
+            if unreadable:
+                logger.warning("continuing from checkpoint %d instead", step)
+                self._set_aside(unreadable)
+            self._write_evaluations({at: metrics for at, metrics in self.evaluations().items() if at <= step})
             return restored
-        if steps:
-            raise UserError(f"no checkpoint in {self.folder} can be read; delete that folder to start this step anew")
+        if unreadable:
+            raise UserError(
+                f"no checkpoint in {self.folder} can be read (see the warnings above); if memory was not short, delete "
+                "that folder to start this step anew"
+            )
+        self._write_evaluations({})
         return None
 
     def _read(self, step: int, like: TrainState) -> Restored:
@@ -178,16 +173,22 @@ class Checkpoints:
         state = self._manager.restore(step, args=arguments)["state"]
         return Restored(state, _own_part(record["loader"], self.folder / str(step)), record["metadata"])
 
+    def _write_evaluations(self, evaluations: dict[int, dict[str, float]]) -> None:
+        if evaluations != self.evaluations() and jax.process_index() == 0:
+            write_json(self.folder / EVALUATIONS, {str(step): metrics for step, metrics in evaluations.items()})
+
     def _prune(self) -> None:
         steps = self.steps()
         for old in steps[: -self.keep]:
             if old != self.best():
                 self._manager.delete(old)
 
-    def _set_aside(self, step: int) -> None:
-        if jax.process_index() == 0:
-            (self.folder / str(step)).rename(self.folder / f"unreadable-{step}")
-        multihost_utils.sync_global_devices(f"set aside {step}")
+    def _set_aside(self, steps: list[int]) -> None:
+        for step in steps if jax.process_index() == 0 else ():
+            target = self.folder / f"unreadable-{step}"
+            shutil.rmtree(target, ignore_errors=True)
+            (self.folder / str(step)).rename(target)
+        multihost_utils.sync_global_devices(f"set aside {steps}")
         self._manager.reload()
 
 

@@ -1,0 +1,49 @@
+"""Process-wide settings, and signals that wait for a good moment."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cast_jax.core import runtime
+from cast_jax.core.errors import UserError
+
+
+def test_setup_places_the_cache_and_rejects_unknown_settings(tmp_path):
+    previous = jax.config.jax_compilation_cache_dir
+    try:
+        runtime.setup({"compilation_cache": str(tmp_path / "cache")})
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache")
+        assert (tmp_path / "cache").is_dir()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", previous)
+    with pytest.raises(UserError, match=r"unknown settings \['cache'\]; known: compilation_cache, debug_nans"):
+        runtime.setup({"cache": "x"})
+
+
+def test_the_default_cache_lies_under_xdg(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert runtime.default_cache_folder().parent == tmp_path / "cast_jax"
+
+
+def test_precision_and_memory():
+    assert runtime.compute_dtype("cpu") == jnp.float32
+    assert runtime.compute_dtype("gpu") == runtime.compute_dtype("tpu") == jnp.bfloat16
+    assert 0.01 < runtime.host_memory_gib() < 1000
+
+
+def test_a_signal_waits_unless_told_otherwise_and_the_second_acts_at_once():
+    previous = signal.getsignal(signal.SIGINT)
+    with runtime.StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is previous
+    with runtime.StopSignals() as stop, pytest.raises(SystemExit) as stopped, stop.at_once():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stopped.value.code == 143
