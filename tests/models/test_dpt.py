@@ -26,8 +26,14 @@ def reference() -> torch.nn.Module:
     return neck
 
 
-def small(**changes) -> Dpt:
-    return Dpt(16, DptConfig(features=8, out_channels=WIDTHS, **changes), rngs=nnx.Rngs(0))
+def small(dtype=jnp.float32, **changes) -> Dpt:
+    """A neck with random weights, drawn by numpy: compiling the initialisers would take longer than the test."""
+    config = DptConfig(features=8, out_channels=WIDTHS, **changes)
+    model = nnx.eval_shape(lambda: Dpt(16, config, dtype=dtype, rngs=nnx.Rngs(0)))
+    random = np.random.default_rng(0)
+    draw = lambda leaf: jnp.asarray(random.normal(size=leaf.shape) * 0.1, leaf.dtype)
+    nnx.update(model, jax.tree.map(draw, nnx.state(model)))
+    return model
 
 
 def run(model: Dpt, maps):
@@ -135,7 +141,7 @@ def test_parameter_count_of_the_small_neck():
 
 
 def test_bfloat16():
-    model = Dpt(16, DptConfig(features=8, out_channels=WIDTHS), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    model = small(jnp.bfloat16)
     finest, coarser = run(model, [jnp.asarray(level, jnp.bfloat16) for level in encoder_maps(2, 2)])
     assert {level.dtype for level in (finest, *coarser)} == {jnp.dtype("bfloat16")}
     np.testing.assert_allclose(finest.astype(jnp.float32), run(small(), encoder_maps(2, 2))[0], atol=0.15)
