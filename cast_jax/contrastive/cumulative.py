@@ -11,7 +11,10 @@ from jaxtyping import Array, Float, Int
 
 
 class Cumulative(NamedTuple):
-    """Cumulative weights over blocks, and inside each block: draws look at two rows of about √n numbers."""
+    """Running sums of weights over blocks, and inside each block: draws look at two rows of about √n numbers.
+
+    Where a weight is zero there is -inf instead, so that no threshold falls on it.
+    """
 
     blocks: Float[Array, "*batch blocks"]
     inner: Float[Array, "*batch blocks size"]
@@ -19,24 +22,32 @@ class Cumulative(NamedTuple):
     @property
     def total(self) -> Float[Array, "*batch"]:
         """The sum of the weights."""
-        return self.blocks[..., -1]
+        return _total(self.blocks)
 
 
-def _increasing_sum(weights: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
-    # A parallel sum may round differently from one position to the next. A weight of zero must not move the running
-    # sum at all, or a forbidden item could be drawn: only positive weights may raise it.
-    running = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
-    return jax.lax.cummax(running, axis=running.ndim - 1)
+def _running_sum(weights: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+    ones = jnp.triu(jnp.ones((weights.shape[-1],) * 2, weights.dtype))
+    return jnp.where(weights > 0, jnp.matmul(weights, ones, precision=jax.lax.Precision.HIGHEST), -jnp.inf)
+
+
+def _total(running: Float[Array, "*batch n"]) -> Float[Array, "*batch"]:
+    # The largest, not the last: rounding differs from one position to the next, and the last weight may be zero.
+    return jnp.maximum(jnp.max(running, axis=-1), 0.0)
 
 
 def cumulate(weights: Float[Array, "*batch n"]) -> Cumulative:
     """Prepares draws with probability proportional to ``weights`` (finite, ≥ 0) along the last axis."""
     n = weights.shape[-1]
-    size = max(math.isqrt(max(n - 1, 0)) + 1, 1)
+    size = math.isqrt(n - 1) + 1
     blocks = -(-n // size)
     pad = [(0, 0)] * (weights.ndim - 1) + [(0, blocks * size - n)]
-    inner = _increasing_sum(jnp.pad(weights, pad).reshape(*weights.shape[:-1], blocks, size))
-    return Cumulative(_increasing_sum(inner[..., -1]), inner)
+    inner = _running_sum(jnp.pad(weights, pad).reshape(*weights.shape[:-1], blocks, size))
+    return Cumulative(_running_sum(_total(inner)), inner)
+
+
+def _first_above(running: Float[Array, "draws n"], uniform: Float[Array, "draws"]) -> Int[Array, "draws"]:
+    above = running > (uniform * _total(running))[:, None]
+    return jnp.min(jnp.where(above, jnp.arange(running.shape[-1]), running.shape[-1] - 1), axis=-1)
 
 
 def pick(cumulative: Cumulative, uniform: Float[Array, "2 draws"]) -> Int[Array, "draws"]:
@@ -45,8 +56,7 @@ def pick(cumulative: Cumulative, uniform: Float[Array, "2 draws"]) -> Int[Array,
     Each level spends its own uniform number, so the resolution does not suffer from many items: 2⁻²³ of a block's
     weight, instead of 2⁻²³ of everything.
     """
-    total = cumulative.blocks[-1]
-    block = jnp.sum(cumulative.blocks <= uniform[0][:, None] * total, axis=-1)
-    rows = cumulative.inner[jnp.minimum(block, cumulative.blocks.shape[0] - 1)]
-    inside = jnp.sum(rows <= uniform[1][:, None] * rows[:, -1:], axis=-1)
-    return jnp.where(total > 0, block * cumulative.inner.shape[-1] + inside, 0).astype(jnp.int32)
+    blocks, inner = cumulative
+    block = _first_above(jnp.broadcast_to(blocks, (uniform.shape[1], *blocks.shape)), uniform[0])
+    found = block * inner.shape[-1] + _first_above(inner[block], uniform[1])
+    return jnp.where(cumulative.total > 0, found, 0).astype(jnp.int32)

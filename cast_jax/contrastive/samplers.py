@@ -123,10 +123,11 @@ def _running_count(flags: Bool[Array, "rows n"]) -> Int[Array, "rows n"]:
     rows, n = flags.shape
     position = jnp.arange(32, dtype=jnp.uint32)
     bits = flags.reshape(rows, n // 32, 32).astype(jnp.uint32) << position
-    words = jnp.sum(bits, axis=-1, keepdims=True, dtype=jnp.uint32)
-    whole = jax.lax.population_count(words)
-    inside = jax.lax.population_count(words & ((jnp.uint32(2) << position) - 1))
-    return (jnp.cumsum(whole, axis=1) - whole + inside).reshape(rows, n).astype(jnp.int32)
+    words = jnp.sum(bits, axis=-1, dtype=jnp.uint32)
+    earlier = jnp.triu(jnp.ones((n // 32, n // 32), jnp.float32), 1)
+    before = jax.lax.population_count(words).astype(jnp.float32) @ earlier  # at most 32 each: exact at any precision
+    inside = jax.lax.population_count(words[..., None] & ((jnp.uint32(2) << position) - 1))
+    return (before[..., None].astype(jnp.int32) + inside.astype(jnp.int32)).reshape(rows, n)
 
 
 def mixture_proposals(
