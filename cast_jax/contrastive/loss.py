@@ -85,24 +85,26 @@ def contrastive_loss(
     regions = jnp.full(valid.shape, -1, jnp.int32) if instance_ids is None else unique_regions(instance_ids)
     on_instance = jnp.zeros(valid.shape, bool) if instance_ids is None else instance_ids > 0
 
-    anchor_key, *direction_keys = jax.random.split(key, 3)
+    anchor_key, sampling_key = jax.random.split(key)
     position, real = choose_anchors(anchor_key, usable, config.num_anchors)
     pick = jax.vmap(lambda array, position: array[position])
     batch, pixels = valid.shape
     offset = 0 if config.scope == "image" else jnp.arange(batch, dtype=jnp.int32)[:, None] * pixels
-    anchors = Anchors(
-        pick(g_hat, position), position + offset, real, pick(regions, position), pick(on_instance, position)
-    )
+    known = (pick(regions, position), pick(on_instance, position))
+    anchors = Anchors(pick(g_hat, position), position + offset, real, *known)
     candidates = CandidatePixels(g_hat, usable, regions)
 
-    sets = batch if config.scope == "image" else 1
-    directions = [(z_weak, z_strong), (z_strong, z_weak)] if config.symmetric else [(z_weak, z_strong)]
-    parts = []
-    for direction_key, (z_anchor, z_key) in zip(direction_keys, directions, strict=False):
-        operands = (pick(z_anchor, position), pick(z_key, position), z_key, anchors, candidates)
-        by_set = jax.tree.map(lambda array: array.reshape(sets, -1, *array.shape[2:]), operands)
-        parts.append(contrast(config, jax.random.split(direction_key, sets), *by_set))
-    sums = jax.tree.map(lambda *terms: sum(terms), *parts)
+    # Sets of candidates: one per image or one in all, and as many again for the other direction.
+    directions = 2 if config.symmetric else 1
+    sets = directions * (batch if config.scope == "image" else 1)
+    z_keys = jnp.stack([z_strong, z_weak][:directions])
+    z_anchors, z_positives = (
+        jnp.stack([pick(z, position) for z in pair[:directions]]) for pair in ([z_weak, z_strong], [z_strong, z_weak])
+    )
+    shared = jax.tree.map(lambda array: jnp.broadcast_to(array, (directions, *array.shape)), (anchors, candidates))
+    operands = (z_anchors, z_positives, z_keys, *shared)
+    by_set = jax.tree.map(lambda array: array.reshape(sets, -1, *array.shape[3:]), operands)
+    sums = contrast(config, jax.random.split(sampling_key, sets), *by_set)
     return sums.loss, jax.lax.stop_gradient(sums.anchors), _metrics(config, sums, finite, instance_ids is not None)
 
 

@@ -4,7 +4,7 @@ Two kinds of sampler, all of them exact:
 
 - row samplers look at every candidate of an anchor: ``categorical`` (the reference) and ``inverse_cdf``;
 - ``mixture_proposals`` shares a pool of proposals between the anchors of a group and never compares an anchor with all
-  candidates. The anchors that it leaves short (less than one in a million, see ``number_of_slots``) are handed to
+  candidates. The anchors that it leaves short (for ``d`` less than one in a million, by plan) are handed to
   ``inverse_cdf``. Acceptance does not depend on which candidate is proposed where, so drawing a short row afresh leaves
   its distribution as it is.
 

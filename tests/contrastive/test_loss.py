@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from maps import make_map
+
+from cast_jax.contrastive.config import ContrastiveConfig
+from cast_jax.contrastive.contrast import Anchors, CandidatePixels, draw_negatives
+from cast_jax.contrastive.loss import choose_anchors, contrastive_loss, unique_regions
+
+BATCH, PIXELS, EMBEDDING = 2, 24, 5
+K = 16
+
+_loss = jax.jit(contrastive_loss, static_argnums=1)
+
+
+def make_inputs(seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    z = rng.standard_normal((2, BATCH, PIXELS, EMBEDDING)).astype(np.float32)
+    return {
+        "z_weak": z[0],
+        "z_strong": z[1],
+        "g": 3 * np.stack([make_map("diffuse", PIXELS, seed=image) for image in range(BATCH)]),
+        "valid": rng.random((BATCH, PIXELS)) < 0.85,
+        "instance_ids": rng.integers(-1, 3, (BATCH, PIXELS)).astype(np.int32),
+    }
+
+
+def unit(vectors):
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def _of_images(images, array):
+    return array[images].reshape(-1, *array.shape[2:])
+
+
+def explicit(key, config, inputs):
+    """Loss, count and metrics from explicit lists of negatives, in double precision, anchor by anchor."""
+    g_hat, valid = unit(inputs["g"]).astype(np.float32), inputs["valid"]
+    image_of = np.repeat(np.arange(BATCH), PIXELS).reshape(BATCH, PIXELS)
+    sets = [[image] for image in range(BATCH)] if config.scope == "image" else [list(range(BATCH))]
+    z = {view: unit(inputs[view].astype(np.float64)) for view in ("z_weak", "z_strong")}
+    directions = [("z_weak", "z_strong"), ("z_strong", "z_weak")][: 1 + config.symmetric]
+    loss = count = wrong = known = margin = pairs = 0.0
+    set_keys = iter(jax.random.split(jax.random.split(key)[1], len(directions) * len(sets)))
+    for of_anchors, of_keys in directions:
+        for images in sets:
+            pick = functools.partial(_of_images, images)
+            g_set, ok, unknown = pick(g_hat), pick(valid), np.zeros(len(images) * PIXELS, np.int32)
+            anchors = Anchors(g_set, np.arange(len(g_set), dtype=np.int32), ok, unknown, ok)
+            drawn, drawable = _negatives(next(set_keys), config, anchors, CandidatePixels(g_set, ok, unknown))
+            assert np.array_equal(drawable, ok)
+            ids, image = pick(inputs["instance_ids"]), pick(image_of)
+            z_anchor, z_key = pick(z[of_anchors]), pick(z[of_keys])
+            for p in np.flatnonzero(ok):
+                negatives = np.asarray(drawn[p])
+                positive, negative = z_anchor[p] @ z_key[p], z_key[negatives] @ z_anchor[p]
+                if config.loss == "hinge":
+                    loss += np.mean(np.maximum(0, config.margin + negative - positive))
+                else:
+                    logits = np.append(positive, negative) / config.temperature
+                    loss += np.log(np.sum(np.exp(logits))) - logits[0]
+                count += 1
+                labelled = (ids[negatives] >= 0) & (ids[p] > 0)
+                same = labelled & (ids[negatives] == ids[p]) & (image[negatives] == image[p])
+                wrong, known = wrong + same.sum(), known + labelled.sum()
+                margin += np.sum((positive - negative)[labelled & ~same])
+                pairs += np.sum(labelled & ~same)
+    return loss, count, {"false_negative_rate": (wrong, known), "margin": (margin, pairs)}
+
+
+_negatives = jax.jit(draw_negatives, static_argnums=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"symmetric": True},
+        # Some rows are short.
+        {"scope": "image", "score": "d_squared", "slots": 64, "loss": "hinge", "margin": 0.2},
+        {"sampler": "inverse_cdf", "map": "uniform"},
+    ],
+    ids=["symmetric", "image-short-hinge", "inverse_cdf-uniform"],
+)
+def test_equals_the_explicit_loss_of_its_own_draws(options):
+    config = ContrastiveConfig(num_negatives=K, group_size=11, **options)
+    key, inputs = jax.random.key(3), make_inputs()
+    loss, count, metrics = _loss(key, config, **inputs)
+    expected_loss, expected_count, expected_metrics = explicit(key, config, inputs)
+    assert count == expected_count
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    for name, (total, weight) in expected_metrics.items():
+        assert weight > 0
+        assert metrics[f"contrastive/{name}"][1] == weight
+        np.testing.assert_allclose(metrics[f"contrastive/{name}"][0], total, rtol=1e-4, atol=1e-4)
+    if config.slots is not None:
+        short, anchors = metrics["contrastive/short_rows"]
+        assert 0 < short < anchors
+    if config.score == "d" and config.sampler == "mixture_proposals":
+        accepted, proposed = metrics["contrastive/acceptance_rate"]
+        assert abs(accepted / proposed - 0.5) < 0.05
+
+
+def test_gradients_match_finite_differences():
+    config = ContrastiveConfig(num_negatives=K, group_size=11, slots=32)
+    with jax.enable_x64(True):
+        inputs = make_inputs()
+        fixed = {name: jnp.asarray(inputs[name]) for name in ("g", "valid", "instance_ids")}
+
+        @jax.jit
+        def mean(z_weak, z_strong):
+            loss, count, _ = contrastive_loss(jax.random.key(0), config, z_weak=z_weak, z_strong=z_strong, **fixed)
+            return loss / count
+
+        z = [jnp.asarray(inputs[view], jnp.float64) for view in ("z_weak", "z_strong")]
+        check_grads(mean, z, order=1, modes=("rev",), eps=1e-6, atol=1e-6, rtol=1e-6)
+
+
+@jax.jit
+def _graded(inputs):
+    """Loss, (count, metrics) and gradients with respect to the anchors' embeddings and the map."""
+
+    def total(z_weak, g):
+        changed = {**inputs, "z_weak": z_weak, "g": g}
+        loss, count, metrics = contrastive_loss(jax.random.key(0), ContrastiveConfig(num_negatives=K), **changed)
+        return loss, (count, metrics)
+
+    (loss, rest), gradients = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(inputs["z_weak"], inputs["g"])
+    return loss, *rest, *gradients
+
+
+def test_no_gradient_flows_through_the_sampler():
+    inputs = make_inputs()
+    *_, by_embedding, by_map = _graded(inputs)
+    assert not np.any(by_map)
+    np.testing.assert_array_equal(np.any(by_embedding != 0, axis=-1), inputs["valid"])
+
+
+EMPTY = {
+    "nothing valid": {"valid": np.zeros((BATCH, PIXELS), bool)},
+    "no negatives": {"valid": np.arange(BATCH * PIXELS).reshape(BATCH, PIXELS) == 7},
+    "no finite map": {"g": np.full((BATCH, PIXELS, 7), np.nan, np.float32)},
+    "constant map": {"g": np.full((BATCH, PIXELS, 7), 0.25, np.float32)},
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_nothing_to_contrast_gives_zero(name):
+    loss, count, metrics, *gradients = _graded({**make_inputs(), **EMPTY[name]})
+    assert (loss, count) == (0, 0)
+    assert not np.any(gradients[0])
+    assert all(np.isfinite(value) for value in jax.tree.leaves(metrics))
+
+
+def test_pixels_with_a_broken_map_take_no_part_and_are_reported():
+    inputs = make_inputs()
+    inputs["g"][0] = np.nan
+    inputs["g"][1, :3] = np.inf
+    loss, count, metrics, by_embedding, by_map = _graded(inputs)
+    assert count == inputs["valid"][1, 3:].sum()
+    assert metrics["contrastive/nonfinite"] == (PIXELS + 3, BATCH * PIXELS)
+    assert np.isfinite(loss)
+    assert loss > 0
+    assert np.isfinite(by_embedding).all()
+    assert not np.any(by_embedding[0])
+    assert not np.any(by_map)
+
+
+def test_anchors_are_a_random_subset_of_the_valid_pixels():
+    valid = np.zeros((3, 40), bool)
+    valid[0], valid[1, 10:30], valid[2, :4] = True, True, True
+    position, real = choose_anchors(jax.random.key(0), jnp.asarray(valid), 10)
+    np.testing.assert_array_equal(np.sum(real, axis=1), [10, 10, 4])
+    for image in range(3):
+        chosen = np.asarray(position[image])[np.asarray(real[image])]
+        assert len(set(chosen)) == len(chosen)
+        assert valid[image, chosen].all()
+    other = choose_anchors(jax.random.key(1), jnp.asarray(valid), 10)[0]
+    assert not np.array_equal(np.sort(position[0]), np.sort(other[0]))
+    everything, real = choose_anchors(jax.random.key(0), jnp.asarray(valid), None)
+    np.testing.assert_array_equal(everything[1], np.arange(40))
+    np.testing.assert_array_equal(real, valid)
+
+
+def test_regions_are_unique_over_images():
+    ids = jnp.array([[0, 1, 2, -1], [0, 2, 5, -1]])
+    regions = np.asarray(unique_regions(ids))
+    assert len(set(regions[ids >= 0])) == 6
+    assert np.all(regions[:, 3] == -1)
+
+
+def test_a_gradient_step_grows_the_margin_between_instances():
+    """Proposition 3.1: the expected inter-instance margin grows, in proportion to the step size."""
+    rng = np.random.default_rng(0)
+    instance = np.repeat([0, 1, 2, 3], 16)
+    inputs = {
+        "z_weak": unit(rng.standard_normal((1, 64, 16))).astype(np.float32),
+        "z_strong": unit(rng.standard_normal((1, 64, 16))).astype(np.float32),
+        "g": (np.eye(4)[instance] + 0.01 * rng.random((64, 4))).astype(np.float32)[None],
+        "valid": np.ones((1, 64), bool),
+    }
+    config = ContrastiveConfig(num_negatives=32, map="mask")
+
+    def loss(z_weak, z_strong):
+        changed = {**inputs, "z_weak": z_weak, "z_strong": z_strong}
+        return contrastive_loss(jax.random.key(5), config, **changed)[0] / 64
+
+    views = inputs["z_weak"], inputs["z_strong"]
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))(*views)
+
+    def margin(z_weak, z_strong):
+        similarity = unit(z_weak[0].astype(np.float64)) @ unit(z_strong[0].astype(np.float64)).T
+        apart = instance[:, None] != instance[None]
+        return np.mean(np.diag(similarity)) - np.mean(similarity[apart])
+
+    before = margin(*views)
+    growth = []
+    for step in (0.01, 0.02, 0.04):
+        moved = [np.asarray(view - step * gradient) for view, gradient in zip(views, gradients, strict=True)]
+        growth.append(margin(*moved) - before)
+    assert growth[0] > 0
+    np.testing.assert_allclose(np.array(growth) / growth[0], [1, 2, 4], rtol=0.02)
+
+
+def test_what_is_kept_for_the_gradient_does_not_grow_with_the_number_of_groups():
+    inputs = {
+        "z_strong": jnp.zeros((1, 512, 8)),
+        "g": jnp.zeros((1, 512, 4)),
+        "valid": jnp.ones((1, 512), bool),
+    }
+
+    def kept_bytes(num_anchors):
+        config = ContrastiveConfig(num_negatives=64, group_size=16, num_anchors=num_anchors)
+
+        def pullback(z_weak):
+            return jax.vjp(lambda z: contrastive_loss(jax.random.key(0), config, z_weak=z, **inputs)[0], z_weak)[1]
+
+        residuals = jax.tree.leaves(jax.eval_shape(pullback, jnp.zeros((1, 512, 8))))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in residuals)
+
+    # Only what belongs to the anchors themselves: two gradients of 8 float32 and two positions of 4 bytes, each.
+    assert kept_bytes(496) - kept_bytes(16) <= 480 * (2 * 8 * 4 + 2 * 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"map": "fused"}, "contrastive.map.*fusion, mask, class, uniform"),
+        ({"score": "uniform"}, "contrastive.score.*d, d_squared, d_sqrt"),
+        ({"scope": "world"}, "contrastive.scope.*batch, image"),
+        ({"loss": "triplet"}, "contrastive.loss.*infonce, hinge"),
+        ({"sampler": "gumbel"}, "contrastive.sampler.*mixture_proposals, inverse_cdf, categorical"),
+        ({"temperature": 0.0}, "contrastive.temperature.*greater than 0"),
+        ({"num_anchors": 0}, "contrastive.num_anchors.*greater than 0"),
+        ({"slots": 100}, "contrastive.slots.*multiple of 32"),
+        ({"margin": -1.0}, "contrastive.margin.*negative"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ContrastiveConfig(**options)
