@@ -31,6 +31,7 @@ from cast_jax.data.pseudo_labels import PseudoLabels, PseudoLabelWriter
 from cast_jax.data.sources.base import Source
 from cast_jax.data.sources.pseudo_labelled import PseudoLabelled
 from cast_jax.data.views import ViewConfig
+from cast_jax.evaluation.class_names import class_names
 from cast_jax.evaluation.coco_map import MaskAPEvaluator
 from cast_jax.export import load_weights, merge_weights, save_weights, weights_hash
 from cast_jax.models.functional import Functional, Params, count_parameters
@@ -159,9 +160,8 @@ class Pipeline:
         segmenter = self.segmenter(step["model"], num_classes)
         features = segmenter_config(self.config["model"][step["model"]]).decoder.features
         projection = Functional(lambda rngs: ProjectionHead(features, self.config["embedding_dim"], rngs=rngs))
-        return SemiSupervised(
-            segmenter, projection, build(ObjectiveConfig, step["objective"], f"config.steps.{name}.objective")
-        )
+        objective = build(ObjectiveConfig, step["objective"], f"config.steps.{name}.objective")
+        return SemiSupervised(segmenter, projection, objective, class_names(self.categories))
 
     def segmenter(self, role: str, num_classes: int) -> Functional:
         """The teacher or the student as a pure function."""

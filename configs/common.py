@@ -68,7 +68,14 @@ def base(arguments: FrozenConfigDict, file: str) -> ConfigDict:
         "on_unreadable": "error",  # or "skip": leave unreadable images out, counted
         "split_seed": 0,
         "loader": {"num_threads": 4, "num_workers": 0, "prefetch": 4},
-        "view": {"scale": (0.5, 2.0), "flip_horizontal": 0.5, "crop_area": (0.25, 1.0)},
+        "view": {
+            "scale": (0.5, 2.0),  # weak: multi-scale resize, relative to the whole image on the canvas
+            "flip_horizontal": 0.5,
+            "flip_vertical": 0.0,
+            "rotate90": False,
+            "crop_area": (0.25, 1.0),  # strong: random resized crop, as a share of the canvas
+            "min_area": 16,  # pixels; smaller remains of an instance are dropped
+        },
         "generated": {"train": 0, "val": 0, "source": 0, "image_size": (128, 256), "seed": 0},
     }
     config.pseudo_labels = {"threshold": 0.3, "shard_size": 256}
@@ -142,6 +149,8 @@ def _step(
             "supervised_weight": 1.0,
             "pseudo_label_weight": 1.0 if semi else 0.0,  # (chosen)
             "contrastive_weight": 0.2 if semi else 0.0,
+            "supervised_views": ("weak", "strong"),  # (chosen)
+            "pseudo_label_views": ("weak", "strong"),  # (chosen)
             "contrastive_stride": 1,
             "criterion": {"num_points": 12_544},
             "contrastive": {

@@ -6,6 +6,7 @@ With both weights zero and no unlabelled batch it is plain supervised training (
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -48,11 +49,17 @@ class ObjectiveConfig:
 class SemiSupervised:
     """Trains a segmenter, and a projection head where the contrastive term is on."""
 
-    def __init__(self, segmenter: Functional, projection: Functional, config: ObjectiveConfig):
-        """``segmenter`` returns a :class:`Prediction`; ``projection`` maps its pixel features to embeddings."""
+    def __init__(
+        self, segmenter: Functional, projection: Functional, config: ObjectiveConfig, class_names: Sequence[str] = ()
+    ):
+        """``segmenter`` returns a :class:`Prediction`; ``projection`` maps its pixel features to embeddings.
+
+        ``class_names`` name the classes in the pseudo-label metrics, in the order of the class logits.
+        """
         self.segmenter = segmenter
         self.projection = projection
         self.config = config
+        self.class_names = tuple(class_names)
 
     def init(self, key: PRNGKeyArray) -> Params:
         """Fresh ``{"segmenter": ..., "projection": ...}``; the projection only where it is trained."""
@@ -82,7 +89,7 @@ class SemiSupervised:
                 metrics |= {f"loss/{prefix}": (term, jnp.ones(()))}
                 metrics |= {f"loss/{prefix}_{name}": pair for name, pair in terms.items()}
         if "unlabelled" in batch and config.pseudo_label_weight:
-            metrics |= _pseudo_label_metrics(batch["unlabelled"])
+            metrics |= _pseudo_label_metrics(batch["unlabelled"], self.class_names)
         if config.contrastive_weight:
             term, terms = self._contrastive_loss(keys["contrastive"], params, predictions, batch)
             loss = loss + config.contrastive_weight * term
@@ -174,9 +181,17 @@ def _pool(
     return cropped.reshape(batch, rows, stride, columns, stride, channels).mean((2, 4))
 
 
-def _pseudo_label_metrics(group: Batch) -> Metrics:
+def _pseudo_label_metrics(group: Batch, class_names: tuple[str, ...]) -> Metrics:
+    """Instances an image that survive in the view, in all and by class, and their mean score."""
     view = group["weak" if "weak" in group else "strong"]
-    images = jnp.asarray(view["instance_valid"].shape[0], jnp.float32)
-    kept = jnp.sum(view["instance_valid"]).astype(jnp.float32)
-    score = jnp.sum(jnp.where(view["instance_valid"], view["scores"], 0.0))
-    return {"pseudo_labels/per_image": (kept, images), "pseudo_labels/score": (score, kept)}
+    valid = view["instance_valid"]
+    images = jnp.asarray(valid.shape[0], jnp.float32)
+    kept = jnp.sum(valid).astype(jnp.float32)
+    metrics = {
+        "pseudo_labels/per_image": (kept, images),
+        "pseudo_labels/score": (jnp.sum(jnp.where(valid, view["scores"], 0.0)), kept),
+    }
+    for position, name in enumerate(class_names):
+        of_class = jnp.sum(valid & (view["labels"] == position)).astype(jnp.float32)
+        metrics[f"pseudo_labels/per_image/{name}"] = (of_class, images)
+    return metrics

@@ -1,0 +1,89 @@
+"""Runs one configuration with several seeds and prints mean ± standard deviation of every step (the paper's protocol).
+
+python scripts/run_seeds.py --config configs/demo.py:cast --workdir runs/demo_seeds --seeds 0 1 2 [--parallel 2] [-- overrides]
+
+Each seed has its own folder ``<workdir>/seed<k>``; seeds that are finished are not run again. Writes
+``<workdir>/seeds.json`` and ``seeds.txt``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+METRICS = ("mask_ap", "mask_ap50")
+
+
+def main() -> None:
+    """Runs the seeds, then the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="configs/<name>.py:<step>[,key=value ...], without seed")
+    parser.add_argument("--workdir", required=True, type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--parallel", type=int, default=1, help="seeds at a time; each gets its share of the cores")
+    parser.add_argument("overrides", nargs="*", help="passed on, e.g. --config.data.root=PATH (after --)")
+    options = parser.parse_args()
+    with ThreadPoolExecutor(options.parallel) as pool:
+        codes = list(pool.map(lambda seed: _run(seed, options), options.seeds))
+    if any(codes):
+        sys.exit(f"error: seeds {[s for s, code in zip(options.seeds, codes, strict=True) if code]} failed; see log.txt")
+    summaries = [json.loads((_folder(options, seed) / "summary.json").read_text())["steps"] for seed in options.seeds]
+    table = aggregate(summaries)
+    (options.workdir / "seeds.json").write_text(json.dumps({"seeds": options.seeds, "steps": table}, indent=2) + "\n")
+    text = format_table(table)
+    (options.workdir / "seeds.txt").write_text(text + "\n")
+    print(text)
+
+
+def aggregate(summaries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Per step: the values of every seed, their mean and (sample) standard deviation; seconds as a mean."""
+    table: dict[str, dict[str, Any]] = {}
+    for step in summaries[0]:
+        row: dict[str, Any] = {"seconds": statistics.fmean(summary[step]["seconds"] for summary in summaries)}
+        for metric in METRICS:
+            values = [summary[step][metric] for summary in summaries]
+            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+            row[metric] = {"values": values, "mean": statistics.fmean(values), "std": deviation}
+        table[step] = row
+    return table
+
+
+def format_table(table: dict[str, dict[str, Any]]) -> str:
+    """A Markdown table of the aggregate."""
+    lines = ["| step | mask AP | AP50 | seconds |", "| --- | --- | --- | --- |"]
+    for step, row in table.items():
+        cells = [f"{row[metric]['mean']:.1f} ± {row[metric]['std']:.1f}" for metric in METRICS]
+        lines.append(f"| {step} | {cells[0]} | {cells[1]} | {row['seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+def _folder(options: argparse.Namespace, seed: int) -> Path:
+    return options.workdir / f"seed{seed}"
+
+
+def _run(seed: int, options: argparse.Namespace) -> int:
+    command = [sys.executable, "-m", "cast_jax.main", "--config", f"{options.config},seed={seed}"]
+    command += ["--workdir", str(_folder(options, seed)), *options.overrides]
+    if options.parallel == 1:
+        return subprocess.run(command, check=False).returncode
+    cores = _cores(options.seeds.index(seed), options.parallel)
+    return subprocess.run(
+        command, check=False, stderr=subprocess.DEVNULL, preexec_fn=lambda: os.sched_setaffinity(0, cores)
+    ).returncode
+
+
+def _cores(position: int, parallel: int) -> list[int]:
+    """A share of this process's cores: XLA:CPU takes all it may use, and seeds side by side would wait for each other."""
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[position % parallel :: parallel] or cores
+
+
+if __name__ == "__main__":
+    main()
