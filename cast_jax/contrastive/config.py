@@ -66,5 +66,5 @@ class ContrastiveConfig:
 
     @property
     def num_slots(self) -> int:
-        """Length of the shared pool, planned so that hardly a row stays short (for ``d``, less than one in a million)."""
+        """Length of the shared pool, planned so that hardly a row stays short (one in a million for ``d``)."""
         return number_of_slots(self.num_negatives, self.sampling_score) if self.slots is None else self.slots
