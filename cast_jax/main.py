@@ -18,14 +18,14 @@ from cast_jax.core.runtime import setup
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command continues what is there.")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: configs/<name>.py:<step>[,key=value ...].")
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("cast_jax.main")  # run as a program, __name__ is "__main__"
 
 
 def main(argv: list[str]) -> None:
     """Runs the step of the configuration; what the user can mend ends with its message and exit code 1."""
     if len(argv) > 1:
         sys.exit(f"unknown arguments: {' '.join(argv[1:])}; see --help")
-    workdir, config = Path(_WORKDIR.value), _CONFIG.value.to_dict()
+    workdir, config = Path(_WORKDIR.value or ""), _CONFIG.value.to_dict()
     absl_logging.set_verbosity(absl_logging.WARNING)
     try:
         setup_logging(workdir / "log.txt")
@@ -37,19 +37,27 @@ def main(argv: list[str]) -> None:
 
 
 def run() -> None:
-    """The entry point: parses flags, with readable messages for unknown ones."""
+    """The entry point."""
     sys.path.insert(0, str(Path.cwd()))  # configuration files import configs/common.py
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=_parse)
 
 
 def _parse(argv: list[str]) -> list[str]:
+    """Parses the flags and loads the configuration; what is wrong with them ends with a line and exit code 1."""
     try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        sys.exit(f"error: {error}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        sys.exit(f"error: --config: {error}")
+        rest = flags.FLAGS(argv)
+        _CONFIG.value.to_dict()  # a file that could not be read is only reported when it is used
+        return rest
+    except SystemExit:
+        sys.exit(0)  # --help was printed, after which absl would exit with 1
+    except (KeyError, AttributeError) as error:  # --config.a.b=c, where there is no a.b
+        overrides = ", ".join(argument for argument in argv if argument.startswith("--config."))
+        sys.exit(f"error: the configuration has no {error.args[0]} (of {overrides})")
+    except (flags.Error, OSError, TypeError, ValueError) as error:
+        # Of an error in a configuration file, ml_collections makes a whole traceback, which ends with the reason.
+        lines = str(error).strip().splitlines()
+        sys.exit(f"error: {lines[-1] if any(line.startswith('Traceback') for line in lines) else error}")
 
 
 if __name__ == "__main__":

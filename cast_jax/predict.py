@@ -44,11 +44,11 @@ class Predictor:
         mesh: jax.sharding.Mesh | None = None,
     ):
         self.segmenter = segmenter
-        self.image_size = tuple(image_size)
+        self.image_size = image_size
         self.max_detections, self.min_score = max_detections, min_score
         devices = 1 if mesh is None else mesh.size
         self.batch_size = -(-batch_size // devices) * devices
-        placement = (
+        placement: dict[str, Any] = (
             {} if mesh is None else {"in_shardings": (None, batch_sharding(mesh)), "out_shardings": replicated(mesh)}
         )
         self._run = jax.jit(self._forward, **placement)

@@ -32,7 +32,7 @@ def parse_arguments(
     if step not in steps:
         raise ValueError(f"unknown step {step!r}; known steps: {', '.join(steps)}")
     for argument in arguments:
-        name, equals, value = argument.partition("=")
+        name, _, value = argument.partition("=")
         if name not in defaults:
             raise ValueError(f"unknown config argument {name!r}; known: {', '.join(defaults)}")
         kind = type(defaults[name])

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pycocotools import mask as coco_mask
+
 from cast_jax.core.annotations import encode_mask
 from cast_jax.core.errors import DataError
 from cast_jax.core.files import atomic_write
@@ -33,9 +35,9 @@ class Datasets:
 def open_datasets(data: Mapping[str, Any], workdir: Path) -> Datasets:
     """Opens (and for generated data, first writes) the sources of ``config.data``.
 
-    ``kind`` is one of ``coco`` (own data: ``labelled``, ``unlabelled``, ``val``), ``cityscapes`` (``root``, ``labelled``
-    images of the train split by ``split_seed``, or the ids in ``split``) and ``scenes`` (generated into ``root`` or the
-    workdir). Without any path, ``generated`` images stand in (smoke runs).
+    ``kind`` is one of ``coco`` (own data: ``labelled``, ``unlabelled``, ``val``), ``cityscapes`` (``root``, with
+    ``labelled`` images of the train split by ``split_seed``, or the ids in ``split``) and ``scenes`` (generated into
+    ``root`` or the workdir). Without any path, generated images stand in if ``generated`` has some (smoke runs).
 
     Raises:
       DataError: an unknown kind, or a missing path, naming the key.
@@ -48,7 +50,7 @@ def open_datasets(data: Mapping[str, Any], workdir: Path) -> Datasets:
 
 def _coco(data: Mapping[str, Any], workdir: Path) -> Datasets:
     paths = {key: data[key] for key in ("labelled", "unlabelled", "val")}
-    if not any(paths.values()) and data["generated"]:
+    if not any(paths.values()) and data["generated"]["train"]:
         paths = _generated_coco(data, workdir)
     for key, path in paths.items():
         if not path:
@@ -66,9 +68,9 @@ def _coco(data: Mapping[str, Any], workdir: Path) -> Datasets:
 def _cityscapes(data: Mapping[str, Any], workdir: Path) -> Datasets:
     root = data["root"]
     if not root:
-        if not data["generated"]:
+        if not data["generated"]["train"]:
             raise DataError(
-                "config.data.root is not set; give the folder that holds leftImg8bit and gtFine: --config.data.root=PATH"
+                "config.data.root is not set; give the folder of leftImg8bit and gtFine: --config.data.root=PATH"
             )
         root = _write(workdir / "data" / "target", data, "target")
     val = Cityscapes(root, split="val")
@@ -79,10 +81,12 @@ def _cityscapes(data: Mapping[str, Any], workdir: Path) -> Datasets:
         rest = [i for i in range(len(train)) if train.record(i).image_id not in chosen]
         return Datasets(labelled, Subset(train, rest), val)
     train = Cityscapes(root, split="train")
-    count = min(data["labelled"], max(len(train) - 1, 1))
-    if count < data["labelled"] and not data["generated"]:
-        raise DataError(f"config.data.labelled is {data['labelled']}, but {root} has {len(train)} training images")
-    chosen_indices, rest = split_indices(len(train), count, data["split_seed"])
+    if not 1 <= data["labelled"] < len(train):
+        raise DataError(
+            f"config.data.labelled is {data['labelled']}, but must lie in [1, {len(train)}): {root} has {len(train)} "
+            "training images, of which one at least stays unlabelled"
+        )
+    chosen_indices, rest = split_indices(len(train), data["labelled"], data["split_seed"])
     unlabelled = Cityscapes(root, split="train", labelled=False)
     return Datasets(Subset(train, chosen_indices), Subset(unlabelled, rest), val)
 
@@ -125,30 +129,25 @@ def _generated_coco(data: Mapping[str, Any], workdir: Path) -> dict[str, str]:
 
 def _to_coco(source: Source, folder: Path) -> dict[str, Any]:
     """The COCO annotations of a source, whose images are copied into ``folder``."""
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for index in range(len(source)):
         record, instances = source.record(index), source.instances(index)
         atomic_write(folder / record.path.name, record.path.read_bytes())
         height, width = instances.ignore.shape
         images.append({"id": index + 1, "file_name": record.path.name, "height": height, "width": width})
         for mask, label in zip(instances.masks, instances.labels, strict=True):
-            y, x = np_box(mask)
+            rle = encode_mask(mask)
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": index + 1,
                     "category_id": source.categories[label].id,
-                    "segmentation": encode_mask(mask),
-                    "area": int(mask.sum()),
-                    "bbox": [x[0], y[0], x[1] - x[0], y[1] - y[0]],
+                    "segmentation": rle,
+                    "area": int(coco_mask.area(rle)),
+                    "bbox": coco_mask.toBbox(rle).tolist(),
                     "iscrowd": 0,
                 }
             )
     categories = [dataclasses.asdict(category) for category in source.categories]
     return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def np_box(mask: Any) -> tuple[tuple[int, int], tuple[int, int]]:
-    """((top, bottom), (left, right)) of a mask that is not empty; bottom and right exclusive."""
-    y, x = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
-    return (int(y[0]), int(y[-1]) + 1), (int(x[0]), int(x[-1]) + 1)

@@ -23,7 +23,7 @@ def match(
       query: the matched query of each instance (arbitrary where ``matched`` is False).
       matched: False for padded instances and for those left without a query.
     """
-    num_queries, num_instances = cost.shape
+    num_instances = cost.shape[1]
     cost = jnp.clip(jnp.nan_to_num(cost, nan=_LARGE, posinf=_LARGE, neginf=-_LARGE), -_LARGE, _LARGE)
     # Valid columns are lowered by a constant so that with few queries none is spent on padding.
     cost = jnp.where(instance_valid, cost - 4 * _LARGE, 0.0)

@@ -80,13 +80,14 @@ def set_criterion(
     mask_logits = jnp.stack([masks for masks, _ in layers]).astype(jnp.float32)
     class_logits = jnp.stack([classes for _, classes in layers]).astype(jnp.float32)
     keys = jax.random.split(key, len(layers))
-    maps = _target_maps(targets, mask_logits.shape[-2:])
+    height, width = mask_logits.shape[-2:]
+    maps = _target_maps(targets, (height, width))
     terms = jax.vmap(lambda key, masks, classes: _layer_terms(key, masks, classes, targets, maps, config))(
         keys, mask_logits, class_logits
     )
     weights = {"class": config.class_weight, "mask": config.mask_weight, "dice": config.dice_weight}
-    loss = sum(weights[name] * jnp.sum(total / jnp.maximum(count, 1.0)) for name, (total, count) in terms.items())
-    return loss, {name: (total[-1], count[-1]) for name, (total, count) in terms.items()}
+    means = [weights[name] * jnp.sum(total / jnp.maximum(count, 1.0)) for name, (total, count) in terms.items()]
+    return jnp.sum(jnp.stack(means)), {name: (total[-1], count[-1]) for name, (total, count) in terms.items()}
 
 
 def _target_maps(targets: Targets, size: tuple[int, int]) -> tuple[Array, Array]:

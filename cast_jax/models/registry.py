@@ -61,7 +61,14 @@ def teacher_tiny() -> StudentConfig:
         encoder=dinov2.tiny(embed_dim=96, depth=6, num_heads=3),
         decoder=DptConfig(features=32, out_channels=(32, 48, 96, 96)),
         mask_decoder=MaskDecoderConfig(
-            hidden_dim=96, mask_dim=32, num_heads=4, ffn_dim=192, num_layers=3, query_stride=6, num_levels=2, dropout=0.0
+            hidden_dim=96,
+            mask_dim=32,
+            num_heads=4,
+            ffn_dim=192,
+            num_layers=3,
+            query_stride=6,
+            num_levels=2,
+            dropout=0.0,
         ),
         encoder_layers=(1, 2, 4, 5),
     )

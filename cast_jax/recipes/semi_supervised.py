@@ -78,7 +78,8 @@ class SemiSupervised:
         config = self.config
         keys = dict(zip(("dropout", "labelled", "unlabelled", "contrastive"), jax.random.split(key, 4), strict=True))
         predictions = self._forward(params["segmenter"], batch, keys["dropout"])
-        loss, metrics = jnp.zeros(()), {}
+        loss = jnp.zeros(())
+        metrics: Metrics = {}
         for group, weight, views, prefix in (
             ("labelled", config.supervised_weight, config.supervised_views, "supervised"),
             ("unlabelled", config.pseudo_label_weight, config.pseudo_label_views, "pseudo_label"),
@@ -118,7 +119,7 @@ class SemiSupervised:
             loss, terms = set_criterion(view_key, layers, view_targets(group[view]), self.config.criterion)
             losses.append(loss)
             totals.append(terms)
-        return sum(losses) / len(losses), jax.tree.map(lambda *values: sum(values), *totals)
+        return jnp.mean(jnp.stack(losses)), jax.tree.map(lambda *values: sum(values), *totals)
 
     def _contrastive_loss(self, key, params, predictions, batch) -> tuple[Array, Metrics]:
         """L_pxl over all images of the batch; the strong view's pixels are the positions, weak is read beside them."""
@@ -132,6 +133,7 @@ class SemiSupervised:
             return self.projection.apply(params["projection"], _pool(features, stride))
 
         z_weak, z_strong = embed("weak"), embed("strong")
+        size = (z_strong.shape[1], z_strong.shape[2])
         mask_logits = join(lambda group: predictions[group]["weak"].mask_logits)
         class_logits = join(lambda group: predictions[group]["weak"].class_logits)
         pooled = jnp.moveaxis(_pool(jnp.moveaxis(mask_logits, 1, -1), stride), -1, 1)
@@ -153,7 +155,7 @@ class SemiSupervised:
             z_strong=z_strong.reshape(z_seen.shape),
             g=g_seen,
             valid=valid,
-            instance_ids=join(lambda group: instance_map(batch[group]["strong"], z_strong.shape[1:3])),
+            instance_ids=join(lambda group: instance_map(batch[group]["strong"], size)),
         )
         loss = total / jnp.maximum(count, 1.0)
         return loss, metrics | {"contrastive/loss": (total, count)}
