@@ -52,8 +52,11 @@ def _parse(argv: list[str]) -> list[str]:
     except SystemExit:
         sys.exit(0)  # --help was printed, after which absl would exit with 1
     except (KeyError, AttributeError) as error:  # --config.a.b=c, where there is no a.b
-        overrides = ", ".join(argument for argument in argv if argument.startswith("--config."))
-        sys.exit(f"error: the configuration has no {error.args[0]} (of {overrides})")
+        reason: object = error
+        while isinstance(reason, BaseException):  # ml_collections wraps one in the other
+            reason = reason.args[0]
+        overrides = " ".join(argument for argument in argv if argument.startswith("--config."))
+        sys.exit(f"error: {overrides}: the configuration has no {str(reason).replace(chr(10), '. ')}")
     except (flags.Error, OSError, TypeError, ValueError) as error:
         # Of an error in a configuration file, ml_collections makes a whole traceback, which ends with the reason.
         lines = str(error).strip().splitlines()
