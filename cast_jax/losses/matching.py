@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-# Far above any real cost, far below float32's precision limit next to one.
+# What costs that are not finite count as: far above any real one.
 _LARGE = 1e4
 
 
@@ -23,10 +23,13 @@ def match(
       query: the matched query of each instance (arbitrary where ``matched`` is False).
       matched: False for padded instances and for those left without a query.
     """
-    num_instances = cost.shape[1]
+    num_queries, num_instances = cost.shape
     cost = jnp.clip(jnp.nan_to_num(cost, nan=_LARGE, posinf=_LARGE, neginf=-_LARGE), -_LARGE, _LARGE)
-    # Valid columns are lowered by a constant so that with few queries none is spent on padding.
-    cost = jnp.where(instance_valid, cost - 4 * _LARGE, 0.0)
+    cost = jnp.where(instance_valid, cost, 0.0)
+    if num_queries < num_instances:
+        # So that none is spent on padding, valid columns become cheaper than it by more than any exchange can gain.
+        # Not otherwise: a constant this large would round the costs.
+        cost = jnp.where(instance_valid, cost - 2.0 * num_queries * jnp.max(jnp.abs(cost)) - 1.0, 0.0)
     rows, columns = optax.assignment.hungarian_algorithm(jax.lax.stop_gradient(cost))
     query = jnp.zeros(num_instances, jnp.int32).at[columns].set(rows.astype(jnp.int32))
     assigned = jnp.zeros(num_instances, bool).at[columns].set(True)

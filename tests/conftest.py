@@ -1,0 +1,22 @@
+"""What all tests share: the CPU, one thread a library, and compiled programs that later runs find again."""
+
+from __future__ import annotations
+
+import os
+
+# Before jax and torch are imported: some tests start several processes, and workers share the cores.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import jax
+
+from cast_jax.core.runtime import default_cache_folder
+
+_SETTINGS = {
+    "jax_compilation_cache_dir": str(default_cache_folder() / "tests"),
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+for _name, _value in _SETTINGS.items():
+    jax.config.update(_name, _value)
+    os.environ.setdefault(_name.upper(), str(_value))  # for the processes that tests start
