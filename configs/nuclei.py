@@ -6,7 +6,7 @@ python -m cast_jax.main --config configs/nuclei.py:cast --workdir runs/nuclei \
 
 from configs import common
 
-STEPS = {"finetune": 600, "adapt": 600, "distill": 900, "refine": 300, "student_supervised": 1_200}
+STEPS = {"finetune": 400, "adapt": 350, "distill": 400, "refine": 130, "student_supervised": 530}
 
 
 def get_config(argument: str = "cast"):
@@ -27,8 +27,8 @@ def get_config(argument: str = "cast"):
     for name, steps in STEPS.items():
         step = config.steps[name]
         semi = bool(step.pseudo_labels)
-        step.data.update({"batch_labelled": 3 if semi else 6, "batch_unlabelled": 3 if semi else 0})
-        # Six images meet labels in every update of every step, in the strong view; the weak one serves the contrast.
+        step.data.update({"batch_labelled": 2 if semi else 4, "batch_unlabelled": 2 if semi else 0})
+        # Four images meet labels in every update of every step, in the strong view; the weak one serves the contrast.
         step.data.views = ("weak", "strong") if semi else ("strong",)
         step.objective.update({"supervised_views": ("strong",), "pseudo_label_views": ("strong",)})
         step.train.update({"steps": steps, "log_every": 25, "save_every": 200})

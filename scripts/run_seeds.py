@@ -33,7 +33,9 @@ def main() -> None:
     with ThreadPoolExecutor(options.parallel) as pool:
         codes = list(pool.map(lambda seed: _run(seed, options), options.seeds))
     if any(codes):
-        sys.exit(f"error: seeds {[s for s, code in zip(options.seeds, codes, strict=True) if code]} failed; see log.txt")
+        sys.exit(
+            f"error: seeds {[s for s, code in zip(options.seeds, codes, strict=True) if code]} failed; see log.txt"
+        )
     summaries = [json.loads((_folder(options, seed) / "summary.json").read_text())["steps"] for seed in options.seeds]
     table = aggregate(summaries)
     (options.workdir / "seeds.json").write_text(json.dumps({"seeds": options.seeds, "steps": table}, indent=2) + "\n")

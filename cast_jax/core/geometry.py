@@ -41,8 +41,8 @@ def pixel_centres(height: int, width: int) -> Float[Array, "pixels 2"]:
 
 
 def apply_affine(matrix: Float[Array, "2 3"], positions: Float[Array, "points 2"]) -> Float[Array, "points 2"]:
-    """Maps (y, x) positions by ``matrix @ [y, x, 1]``."""
-    return positions @ matrix[:, :2].T + matrix[:, 2]
+    """Maps (y, x) positions by ``matrix @ [y, x, 1]``, elementwise: a GPU's fast matrix product would lose pixels."""
+    return positions[:, :1] * matrix[:, 0] + positions[:, 1:] * matrix[:, 1] + matrix[:, 2]
 
 
 def inside_box(box: Float[Array, "4"], positions: Float[Array, "points 2"]) -> Bool[Array, "points"]:

@@ -56,16 +56,16 @@ def student_tiny() -> StudentConfig:
 
 
 def teacher_tiny() -> StudentConfig:
-    """The larger sibling of ``student_tiny``, about twice its cost."""
+    """The larger sibling of ``student_tiny``: wider and deeper encoder, one and a half times its cost."""
     return StudentConfig(
         encoder=dinov2.tiny(embed_dim=96, depth=6, num_heads=3),
         decoder=DptConfig(features=32, out_channels=(32, 48, 96, 96)),
         mask_decoder=MaskDecoderConfig(
-            hidden_dim=96,
-            mask_dim=32,
+            hidden_dim=64,
+            mask_dim=24,
             num_heads=4,
-            ffn_dim=192,
-            num_layers=3,
+            ffn_dim=128,
+            num_layers=2,
             query_stride=6,
             num_levels=2,
             dropout=0.0,
