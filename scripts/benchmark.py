@@ -1,4 +1,4 @@
-"""Measures the costs that BENCHMARKS.md states. Every benchmark prints a Markdown table; ``--json FILE`` keeps the numbers.
+"""Measures the costs that BENCHMARKS.md states. Each prints a Markdown table; ``--json FILE`` keeps the numbers.
 
 python scripts/benchmark.py contrastive      the samplers with the loss, forward and backward
 python scripts/benchmark.py step             one student update, with and without the contrastive term

@@ -1,6 +1,6 @@
 """Runs one configuration with several seeds and prints mean ± standard deviation of every step (the paper's protocol).
 
-python scripts/run_seeds.py --config configs/demo.py:cast --workdir runs/demo_seeds --seeds 0 1 2 [--parallel 2] [-- overrides]
+python scripts/run_seeds.py --config configs/demo.py:cast --workdir runs/seeds --seeds 0 1 2 [--parallel 2] [-- overrides]
 
 Each seed has its own folder ``<workdir>/seed<k>``; seeds that are finished are not run again. Writes
 ``<workdir>/seeds.json`` and ``seeds.txt``.
@@ -82,7 +82,7 @@ def _run(seed: int, options: argparse.Namespace) -> int:
 
 
 def _cores(position: int, parallel: int) -> list[int]:
-    """A share of this process's cores: XLA:CPU takes all it may use, and seeds side by side would wait for each other."""
+    """A share of this process's cores: XLA:CPU takes all it may use, and parallel seeds would wait for each other."""
     cores = sorted(os.sched_getaffinity(0))
     return cores[position % parallel :: parallel] or cores
 

@@ -1,30 +1,20 @@
-"""What a trained step optimises. The trainer drives every recipe through this interface and knows nothing else."""
+"""What recipes share: a batch's views as model inputs and criterion targets.
+
+The interface that the trainer drives is :class:`cast_jax.core.step.Trainable`.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from cast_jax.core.geometry import unpack_masks
 from cast_jax.losses.set_criterion import Targets
 
-Params = dict[str, Any]
 Batch = dict[str, Any]
 Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
-
-
-class Recipe(Protocol):
-    """Initial parameters and the loss of a step."""
-
-    def init(self, key: PRNGKeyArray) -> Params:
-        """Fresh parameters."""
-        ...
-
-    def loss_fn(self, params: Params, frozen: Params, batch: Batch, key: PRNGKeyArray) -> tuple[Array, Metrics]:
-        """The scalar loss and its metrics as (sum, count) pairs; ``frozen`` is never differentiated or saved."""
-        ...
 
 
 def view_images(view: Batch) -> Float[Array, "batch height width 3"]:
