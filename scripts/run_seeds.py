@@ -1,6 +1,6 @@
 """Runs one configuration with several seeds and prints mean ± standard deviation of every step (the paper's protocol).
 
-python scripts/run_seeds.py --config configs/demo.py:cast --workdir runs/seeds --seeds 0 1 2 [--parallel 2] [-- overrides]
+python scripts/run_seeds.py --config configs/demo.py:cast --workdir runs/seeds --seeds 0 1 2 [--parallel 2] [-- ...]
 
 Each seed has its own folder ``<workdir>/seed<k>``; seeds that are finished are not run again. Writes
 ``<workdir>/seeds.json`` and ``seeds.txt``.
