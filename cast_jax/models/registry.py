@@ -17,7 +17,7 @@ from cast_jax.models.student import Student, StudentConfig
 
 
 def student_s() -> StudentConfig:
-    """The paper's student: DINOv2-S, DPT-S and nine 384-d decoder layers, 52 M parameters (for up to 100 classes)."""
+    """The paper's student: DINOv2-S, DPT-S and nine 384-d decoder layers: 50.4 M parameters (52 in the paper)."""
     return StudentConfig(
         encoder=dinov2.dinov2_s(remat=True),
         decoder=DptConfig(),
@@ -83,7 +83,7 @@ def segmenter_config(spec: Mapping[str, Any], where: str = "model") -> StudentCo
     """The sizes that ``{"name": "student_s", "encoder": {...}, ...}`` describes: a named model with single changes.
 
     Raises:
-      UserError: an unknown name, part or field, with the known ones.
+      UserError: an unknown name, part or field, with the known ones; sizes that do not go together.
     """
     spec = dict(spec)
     name = spec.pop("name", None)
@@ -92,16 +92,21 @@ def segmenter_config(spec: Mapping[str, Any], where: str = "model") -> StudentCo
     config = SEGMENTERS[name]()
     changes: dict[str, Any] = {}
     for part, values in spec.items():
-        if not hasattr(config, part):
+        if part not in vars(config):
             raise UserError(f"{where}.{part} is unknown; known: {', '.join(vars(config))}")
-        if not isinstance(values, Mapping):
+        if isinstance(values, list | tuple):
             changes[part] = tuple(values)
             continue
+        if not isinstance(values, Mapping) or not dataclasses.is_dataclass(getattr(config, part)):
+            raise UserError(f"{where}.{part} is {values!r}; its default is {getattr(config, part)}")
         known = vars(getattr(config, part))
         if unknown := sorted(set(values) - set(known)):
             raise UserError(f"{where}.{part}: unknown key {', '.join(unknown)}; known: {', '.join(known)}")
         values = {key: tuple(value) if isinstance(value, list | tuple) else value for key, value in values.items()}
-        changes[part] = dataclasses.replace(getattr(config, part), **values)
+        try:
+            changes[part] = dataclasses.replace(getattr(config, part), **values)
+        except ValueError as error:
+            raise UserError(f"{where}.{part}: {error}") from error
     return dataclasses.replace(config, **changes)
 
 

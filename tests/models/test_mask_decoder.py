@@ -1,0 +1,127 @@
+"""The mask decoder's shapes, its attention mask, and the spatial prior of grid queries."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import drawn
+
+from cast_jax.core.rules import named_leaves
+from cast_jax.models.functional import Functional
+from cast_jax.models.mask_decoder import MaskDecoder, MaskDecoderConfig, _attention_mask, encode_positions
+
+CLASSES, FEATURES = 3, 5
+SMALL = {"hidden_dim": 8, "mask_dim": 4, "num_heads": 2, "ffn_dim": 8, "num_layers": 2, "num_levels": 2}
+LEARNED = MaskDecoderConfig(**SMALL, num_queries=7, dropout=0.5)
+GRID = MaskDecoderConfig(**SMALL, query_stride=6, dropout=0.0)
+HEIGHT, WIDTH = 12, 20
+
+
+def decoder(config: MaskDecoderConfig) -> Functional:
+    return Functional(lambda rngs: MaskDecoder(config, FEATURES, CLASSES, dtype=jnp.float32, rngs=rngs))
+
+
+def maps(batch: int = 2):
+    rng = np.random.default_rng(0)
+    draw = lambda rows, columns: jnp.asarray(rng.normal(size=(batch, rows, columns, FEATURES)), jnp.float32)
+    return draw(HEIGHT, WIDTH), [draw(3, 5), draw(6, 10), draw(12, 20)]
+
+
+@pytest.mark.parametrize(("config", "queries"), [(LEARNED, 7), (GRID, 2 * 3)])
+def test_one_prediction_before_and_after_every_layer(config, queries):
+    model = decoder(config)
+    outputs = jax.eval_shape(model.apply, model.abstract(), *maps())
+    assert len(outputs) == config.num_layers + 1
+    for mask_logits, class_logits in outputs:
+        assert mask_logits.shape == (2, queries, HEIGHT, WIDTH)
+        assert class_logits.shape == (2, queries, CLASSES + 1)
+        assert mask_logits.dtype == class_logits.dtype == jnp.float32
+
+
+def test_half_precision_inside_float32_outside():
+    model = Functional(lambda rngs: MaskDecoder(GRID, FEATURES, CLASSES, dtype=jnp.bfloat16, rngs=rngs))
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.abstract())} == {jnp.dtype("float32")}
+    outputs = jax.eval_shape(model.apply, model.abstract(), *maps())
+    assert {leaf.dtype for leaf in jax.tree.leaves(outputs)} == {jnp.dtype("float32")}
+
+
+def test_too_few_levels():
+    model = decoder(LEARNED)
+    pixel_map, pyramid = maps()
+    with pytest.raises(ValueError, match=r"num_levels=2, but the pyramid has 1 maps"):
+        jax.eval_shape(model.apply, model.abstract(), pixel_map, pyramid[:1])
+
+
+def test_the_spatial_prior_is_the_explicit_quadratic():
+    """Without mask features, logits are 1 - sharpness |position - centre|^2, in cells, around a moved anchor."""
+    model = decoder(GRID)
+    params = drawn(model.abstract(), 0.3)
+    params["mask_head"] = jax.tree.map(jnp.zeros_like, params["mask_head"])
+    last = params["prior_head"]["layers"]["2"]
+    last["kernel"], last["bias"] = jnp.zeros_like(last["kernel"]), jnp.array([0.3, -0.8, 0.4])
+    mask_logits = np.asarray(jax.jit(model.apply)(params, *maps())[0][0])
+
+    anchors = np.array([[y, x] for y in (3.0, 9.0) for x in (10 / 3, 10.0, 50 / 3)])  # 2 x 3 cells of 6 x 6.67 pixels
+    centres = anchors / 6 + 2 * np.tanh([0.3, -0.8])
+    sharpness = np.log1p(np.exp(0.4 + 0.5))
+    y, x = (np.arange(HEIGHT)[:, None] + 0.5) / 6, (np.arange(WIDTH)[None] + 0.5) / 6
+    expected = [1 - sharpness * ((y - cy) ** 2 + (x - cx) ** 2) for cy, cx in centres]
+    np.testing.assert_allclose(mask_logits, np.broadcast_to(expected, mask_logits.shape), rtol=1e-4, atol=1e-4)
+
+
+def test_attention_stays_inside_the_mask_unless_it_is_empty():
+    masks = jnp.array([[[[1.0, -1.0], [-2.0, 3.0]], [[-1.0, -1.0], [-0.5, -2.0]], [[0.0, 0.0], [1e-3, -1.0]]]])
+    allowed = _attention_mask(masks, (2, 2))
+    assert allowed.tolist() == [[[True, False, False, True], [True] * 4, [False, False, True, False]]]
+    # At a coarser level a mask may vanish: then all is allowed again.
+    assert _attention_mask(-5.0 + 6.0 * (jnp.arange(16).reshape(1, 1, 4, 4) == 5), (2, 2)).all()
+
+
+def test_keys_outside_the_mask_are_not_read():
+    """Where no query's mask lies the map may change; where one does, the change is noticed."""
+    model = decoder(LEARNED)
+    params = drawn(model.abstract(), 0.3, seed=1)
+    pixel_map, pyramid = maps(1)
+    run = jax.jit(model.apply)
+    before = run(params, pixel_map, pyramid)
+    allowed = np.asarray(_attention_mask(before[0][0], (3, 5)))[0]
+
+    def change(key: int):
+        """What a change of one pixel of the first level does to each prediction."""
+        changed = pyramid[0].reshape(1, 15, FEATURES).at[0, key].add(3.0).reshape(1, 3, 5, FEATURES)
+        after = run(params, pixel_map, [changed, *pyramid[1:]])
+        return [np.abs(np.asarray(new[1] - old[1])).max() for new, old in zip(after, before, strict=True)]
+
+    assert allowed.any()
+    assert not allowed.any(0).all()
+    assert change(int(np.argmin(allowed.any(0)))) == [0.0, 0.0, 0.0]
+    changes = change(int(np.argmax(allowed.any(0))))
+    assert changes[0] == 0.0  # nothing is attended to before the first layer
+    assert min(changes[1:]) > 1e-3
+
+
+def test_dropout_follows_its_key():
+    model = decoder(LEARNED)
+    params = drawn(model.abstract(), 0.3)
+    run = jax.jit(lambda params, key: model.apply(params, *maps(), key=key)[-1][1])
+    first, again, other = (run(params, jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(np.asarray(first - other)).max() > 1e-3
+
+
+def test_positions_are_sines_and_cosines_of_geometric_wavelengths():
+    features = encode_positions(jnp.array([[0.0, 4.0]]), 8, 1024.0)
+    # y = 0: sin 0, sin 0, cos 0, cos 0; x = 4: one whole wave of length 4, a 256th of the wave of length 1024.
+    angle = 2 * np.pi * 4 / 1024
+    np.testing.assert_allclose(features[0], [0, 0, 1, 1, 0, np.sin(angle), 1, np.cos(angle)], atol=1e-5)
+
+
+def test_every_parameter_is_used():
+    model = decoder(GRID)
+    params = drawn(model.abstract(), 0.3)
+    loss = lambda params: sum(jnp.sum(m**2) + jnp.sum(c**2) for m, c in model.apply(params, *maps()))
+    gradient = named_leaves(jax.jit(jax.grad(loss))(params))
+    silent = [name for name, leaf in gradient.items() if not np.abs(leaf).max() > 0]
+    assert silent == []

@@ -1,0 +1,50 @@
+"""Named models, single changes to them, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from cast_jax.core.errors import UserError
+from cast_jax.models.registry import SEGMENTERS, build_segmenter, segmenter_config
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_every_named_model_feeds_its_neck_from_its_own_blocks(name):
+    config = segmenter_config({"name": name})
+    assert list(config.encoder_layers) == sorted(set(config.encoder_layers))
+    assert config.encoder_layers[-1] == config.encoder.depth - 1
+    assert config.mask_decoder.hidden_dim % config.mask_decoder.num_heads == 0
+    assert config.patch_size == config.encoder.patch_size
+
+
+def test_single_changes():
+    spec = {"name": "student_tiny", "encoder": {"depth": 6}, "decoder": {"out_channels": [8, 8, 8, 8]}}
+    config = segmenter_config({**spec, "encoder_layers": [0, 2, 3, 5]})
+    assert (config.encoder.depth, config.encoder.embed_dim) == (6, 64)
+    assert config.decoder.out_channels == (8, 8, 8, 8)
+    assert config.encoder_layers == (0, 2, 3, 5)
+    assert segmenter_config({"name": "student_tiny"}).encoder.depth == 4
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"name": "student_xl"}, r"model\.name 'student_xl' is unknown; known: student_s, student_l"),
+        ({}, r"model\.name None is unknown"),
+        ({"name": "student_s", "neck": {}}, r"model\.neck is unknown; known: encoder, decoder, mask_decoder"),
+        ({"name": "student_s", "patch_size": 14}, r"model\.patch_size is unknown"),
+        ({"name": "student_s", "encoder": {"width": 3}}, r"model\.encoder: unknown key width; known: embed_dim, depth"),
+        ({"name": "student_s", "encoder": 3}, r"model\.encoder is 3"),
+        ({"name": "student_s", "encoder_layers": {"a": 1}}, r"model\.encoder_layers is {'a': 1}"),
+        ({"name": "student_s", "encoder": {"embed_dim": 383}}, r"model\.encoder: embed_dim 383 must be a multiple"),
+    ],
+)
+def test_what_is_unknown_is_named(spec, message):
+    with pytest.raises(UserError, match=message):
+        segmenter_config(spec)
+
+
+def test_image_sides_are_multiples_of_the_patch():
+    message = r"data\.image_size \(512, 1036\) must be multiples of the patch size 14 .*the nearest is \(518, 1036\)"
+    with pytest.raises(UserError, match=message):
+        build_segmenter({"name": "student_s"}, 8, (512, 1036))

@@ -1,0 +1,60 @@
+"""A segmenter and batches small enough for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cast_jax.core.annotations import pack_masks
+
+CLASSES, INSTANCES, SIZE = 3, 4, (32, 48)
+TINY: dict[str, Any] = {
+    "name": "student_tiny",
+    "encoder": {"embed_dim": 16, "depth": 4, "num_heads": 2},
+    "decoder": {"features": 8, "out_channels": (8, 8, 8, 8)},
+    "mask_decoder": {"hidden_dim": 16, "mask_dim": 8, "num_heads": 2, "ffn_dim": 16, "num_layers": 1},
+}
+
+
+def drawn(abstract: Any, scale: float = 0.1, seed: int = 0) -> Any:
+    """Random parameters of these shapes, drawn by numpy: compiling the initialisers takes longer than most tests."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype), abstract)
+
+
+def view(batch: int, seed: int) -> dict[str, np.ndarray]:
+    """Random images with two or three boxes each and a few ignored pixels."""
+    rng = np.random.default_rng(seed)
+    height, width = SIZE
+    masks = np.zeros((batch, INSTANCES, height, width), bool)
+    valid = np.zeros((batch, INSTANCES), bool)
+    for image in range(batch):
+        for slot in range(2 + image % 2):
+            top, left = rng.integers(0, height // 2), rng.integers(0, width // 2)
+            masks[image, slot, top : top + 12, left : left + 16] = True
+            valid[image, slot] = True
+    ignore = np.zeros((batch, height, width), bool)
+    ignore[:, :3, :5] = True
+    return {
+        "image": rng.integers(0, 256, (batch, height, width, 3)).astype(np.uint8),
+        "valid_box": np.tile(np.array([0, 0, height, width], np.float32), (batch, 1)),
+        "masks": pack_masks(masks),
+        "labels": rng.integers(0, CLASSES, (batch, INSTANCES)).astype(np.int32),
+        "instance_valid": valid,
+        "scores": np.where(valid, 0.5, 0.0).astype(np.float32),
+        "ignore": pack_masks(ignore),
+    }
+
+
+def group(batch: int, seed: int) -> dict[str, Any]:
+    """Two views; the strong one shows the middle of the weak one."""
+    half = np.array([[0.5, 0.0, SIZE[0] / 4], [0.0, 0.5, SIZE[1] / 4]], np.float32)
+    return {
+        "weak": view(batch, seed),
+        "strong": view(batch, seed + 1),
+        "strong_to_weak": np.tile(half, (batch, 1, 1)),
+        "instances_cut": np.zeros(batch, np.int32),
+    }
