@@ -35,7 +35,7 @@ from cast_jax.evaluation.class_names import class_names
 from cast_jax.evaluation.coco_map import MaskAPEvaluator
 from cast_jax.export import load_weights, merge_weights, save_weights, weights_hash
 from cast_jax.models.functional import Functional, Params, count_parameters
-from cast_jax.models.registry import build_segmenter, segmenter_config
+from cast_jax.models.registry import build_segmenter, check_image_size, segmenter_config
 from cast_jax.models.student import ProjectionHead
 from cast_jax.predict import Predictor
 from cast_jax.recipes.semi_supervised import ObjectiveConfig, SemiSupervised
@@ -110,15 +110,18 @@ class Pipeline:
         """Everything that can be wrong with the configuration, found before the first step."""
         for name, step in self.config["steps"].items():
             self.train_config(name)
-            build(ObjectiveConfig, step["objective"], f"config.steps.{name}.objective")
-            self.loader_config(name)
-            check_batch_size(step["data"]["batch_labelled"] + step["data"]["batch_unlabelled"], self.mesh.size)
+            objective = build(ObjectiveConfig, step["objective"], f"config.steps.{name}.objective")
+            loader = self.loader_config(name)
+            objective.check_views(loader.views, f"config.steps.{name}")
+            for size in (loader.batch_labelled, loader.batch_unlabelled):
+                check_batch_size(size, self.mesh.size)
         for role, spec in self.config["model"].items():
-            largest = segmenter_config(spec, f"config.model.{role}").mask_decoder
-            if not largest.query_stride and largest.num_queries < self.max_instances:
+            model = segmenter_config(spec, f"config.model.{role}")
+            check_image_size(model, self.image_size)
+            if not model.mask_decoder.query_stride and model.mask_decoder.num_queries < self.max_instances:
                 raise UserError(
-                    f"config.model.{role} has {largest.num_queries} queries, fewer than config.data.max_instances="
-                    f"{self.max_instances}"
+                    f"config.model.{role} has {model.mask_decoder.num_queries} queries, fewer than "
+                    f"config.data.max_instances={self.max_instances}"
                 )
         logger.info(
             "data: %d labelled, %d unlabelled, %d validation images, %d classes",
@@ -295,6 +298,8 @@ class Pipeline:
 
     def pseudo_label(self, which: str) -> None:
         """Labels the unlabelled pool with the finetuned or adapted teacher, shard by shard."""
+        if which not in TEACHERS:
+            raise UserError(f"config.step: pseudo_label/{which} is unknown; known: {', '.join(TEACHERS)}")
         step = TEACHERS[which]
         if not self.exported(step).exists():
             raise self._missing(f"pseudo_label/{which}", step)

@@ -110,6 +110,16 @@ def segmenter_config(spec: Mapping[str, Any], where: str = "model") -> StudentCo
     return dataclasses.replace(config, **changes)
 
 
+def check_image_size(config: StudentConfig, image_size: tuple[int, int]) -> None:
+    """Raises :class:`UserError`, with the nearest size that can be, unless sides are multiples of the patch size."""
+    if any(side % config.patch_size for side in image_size):
+        nearest = [max(round(side / config.patch_size), 1) * config.patch_size for side in image_size]
+        raise UserError(
+            f"data.image_size {tuple(image_size)} must be multiples of the model's patch size {config.patch_size}; "
+            f"the nearest is {tuple(nearest)}"
+        )
+
+
 def build_segmenter(
     spec: Mapping[str, Any], num_classes: int, image_size: tuple[int, int], *, dtype: Any = jnp.float32
 ) -> Functional:
@@ -119,10 +129,5 @@ def build_segmenter(
       UserError: see :func:`segmenter_config`; image sides that are no multiples of the patch size.
     """
     config = segmenter_config(spec)
-    if any(side % config.patch_size for side in image_size):
-        nearest = [max(round(side / config.patch_size), 1) * config.patch_size for side in image_size]
-        raise UserError(
-            f"data.image_size {tuple(image_size)} must be multiples of the patch size {config.patch_size} of "
-            f"{spec['name']}; the nearest is {tuple(nearest)}"
-        )
+    check_image_size(config, image_size)
     return Functional(lambda rngs: Student(config, num_classes, dtype=dtype, rngs=rngs))

@@ -16,6 +16,7 @@ from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.contrastive.correspondence import correspond
 from cast_jax.contrastive.fused_map import pseudo_probability
 from cast_jax.contrastive.loss import contrastive_loss
+from cast_jax.core.errors import UserError
 from cast_jax.core.geometry import pixel_centres, unpack_masks
 from cast_jax.losses.set_criterion import CriterionConfig, set_criterion
 from cast_jax.models.functional import Functional, Params
@@ -44,6 +45,17 @@ class ObjectiveConfig:
     contrastive_stride: int = 1
     criterion: CriterionConfig = dataclasses.field(default_factory=CriterionConfig)
     contrastive: ContrastiveConfig = dataclasses.field(default_factory=ContrastiveConfig)
+
+    def check_views(self, views: Sequence[str], where: str) -> None:
+        """Raises :class:`UserError` if a term that is on finds none of its views among those of the batches."""
+        for weight, key in (
+            (self.supervised_weight, "supervised_views"),
+            (self.pseudo_label_weight, "pseudo_label_views"),
+        ):
+            if weight and not set(views) & set(getattr(self, key)):
+                raise UserError(f"{where}: objective.{key} {getattr(self, key)} has none of data.views {tuple(views)}")
+        if self.contrastive_weight and not {"weak", "strong"} <= set(views):
+            raise UserError(f"{where}: the contrastive term needs data.views ('weak', 'strong'), not {tuple(views)}")
 
 
 class SemiSupervised:
