@@ -45,6 +45,6 @@ def test_what_is_unknown_is_named(spec, message):
 
 
 def test_image_sides_are_multiples_of_the_patch():
-    message = r"data\.image_size \(512, 1036\) must be multiples of the patch size 14 .*the nearest is \(518, 1036\)"
+    message = r"\(512, 1036\) must be multiples of the model's patch size 14; the nearest is \(518, 1036\)"
     with pytest.raises(UserError, match=message):
         build_segmenter({"name": "student_s"}, 8, (512, 1036))
