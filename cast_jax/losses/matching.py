@@ -34,3 +34,16 @@ def match(
     query = jnp.zeros(num_instances, jnp.int32).at[columns].set(rows.astype(jnp.int32))
     assigned = jnp.zeros(num_instances, bool).at[columns].set(True)
     return query, assigned & instance_valid
+
+
+def match_all(
+    costs: Float[Array, "layers batch queries instances"], instance_valid: Bool[Array, "batch instances"]
+) -> tuple[Int[Array, "layers batch instances"], Bool[Array, "layers batch instances"]]:
+    """:func:`match` for every layer and image. On a CPU one after another: side by side, all wait for the slowest."""
+    valid = jnp.broadcast_to(instance_valid, (costs.shape[0], *instance_valid.shape))
+    if jax.default_backend() == "cpu":
+        flat = jax.lax.map(
+            lambda pair: match(*pair), (costs.reshape(-1, *costs.shape[2:]), valid.reshape(-1, valid.shape[-1]))
+        )
+        return jax.tree.map(lambda result: result.reshape(valid.shape), flat)
+    return jax.vmap(jax.vmap(match))(costs, valid)

@@ -6,13 +6,14 @@ Follows Mask2Former (Cheng et al. 2022; ``criterion.py`` and ``matcher.py`` of t
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from cast_jax.core.geometry import bilinear_sample
-from cast_jax.losses.matching import match
+from cast_jax.losses.matching import match_all
 
 Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 
@@ -77,17 +78,25 @@ def set_criterion(
       The weighted loss over all layers, and the unweighted terms of the final layer as (sum, count) pairs.
       Mask terms are averages over all instances of the (global) batch, so a batch without any instance gives zero.
     """
-    mask_logits = jnp.stack([masks for masks, _ in layers]).astype(jnp.float32)
-    class_logits = jnp.stack([classes for _, classes in layers]).astype(jnp.float32)
-    keys = jax.random.split(key, len(layers))
-    height, width = mask_logits.shape[-2:]
-    maps = _target_maps(targets, (height, width))
-    terms = jax.vmap(lambda key, masks, classes: _layer_terms(key, masks, classes, targets, maps, config))(
-        keys, mask_logits, class_logits
-    )
+    layers = tuple((masks.astype(jnp.float32), classes.astype(jnp.float32)) for masks, classes in layers)
+    keys = [jax.random.split(layer_key, (2, len(targets.labels))) for layer_key in jax.random.split(key, len(layers))]
+    maps = _target_maps(targets, layers[0][0].shape[-2:])
+    # Only the small cost matrices are stacked, to be matched together; stacking the maps would copy them.
+    costs = [
+        jax.vmap(functools.partial(_matching_cost, config=config))(match_keys, masks, classes, targets, maps)
+        for (masks, classes), (match_keys, _) in zip(layers, keys, strict=True)
+    ]
+    queries, matched = match_all(jnp.stack(costs), targets.valid)
+    per_image = jax.vmap(functools.partial(_image_terms, config=config))
+    terms = [
+        jax.tree.map(jnp.sum, per_image(loss_keys, masks, classes, targets, maps, queries[layer], matched[layer]))
+        for layer, ((masks, classes), (_, loss_keys)) in enumerate(zip(layers, keys, strict=True))
+    ]
     weights = {"class": config.class_weight, "mask": config.mask_weight, "dice": config.dice_weight}
-    means = [weights[name] * jnp.sum(total / jnp.maximum(count, 1.0)) for name, (total, count) in terms.items()]
-    return jnp.sum(jnp.stack(means)), {name: (total[-1], count[-1]) for name, (total, count) in terms.items()}
+    means = [
+        weights[name] * total / jnp.maximum(count, 1.0) for layer in terms for name, (total, count) in layer.items()
+    ]
+    return jnp.sum(jnp.stack(means)), terms[-1]
 
 
 def _target_maps(targets: Targets, size: tuple[int, int]) -> tuple[Array, Array]:
@@ -103,28 +112,16 @@ def _shrink(maps: Bool[Array, "*batch height width"], size: tuple[int, int]) -> 
     return jax.image.resize(maps.astype(jnp.float32), (*maps.shape[:-2], *size), method="linear", antialias=True)
 
 
-def _layer_terms(key, mask_logits, class_logits, targets, maps, config) -> Metrics:
-    keys = jax.random.split(key, mask_logits.shape[0])
-    per_image = jax.vmap(
-        lambda key, masks, classes, target, soft: _image_terms(key, masks, classes, target, soft, config)
-    )
-    terms = per_image(keys, mask_logits, class_logits, targets, maps)
-    return {name: (jnp.sum(total), jnp.sum(count)) for name, (total, count) in terms.items()}
-
-
-def _image_terms(key, mask_logits, class_logits, targets: Targets, maps, config: CriterionConfig) -> Metrics:
-    """Matching and loss terms of one image in one layer."""
+def _image_terms(key, mask_logits, class_logits, targets: Targets, maps, query, matched, config) -> Metrics:
+    """Loss terms of one image in one layer, given the matched query of each instance."""
     soft_masks, soft_ignore = maps
-    match_key, loss_key = jax.random.split(key)
-    cost = _matching_cost(match_key, mask_logits, class_logits, targets, maps, config)
-    query, matched = match(cost, targets.valid)
     matched_logits = mask_logits[query]
     if config.num_points is None:
         logits = matched_logits.reshape(len(query), -1)
         labels = soft_masks.reshape(len(query), -1)
         care = jnp.broadcast_to(1.0 - soft_ignore.reshape(1, -1), logits.shape)
     else:
-        points = jax.lax.stop_gradient(_uncertain_points(loss_key, matched_logits, config))
+        points = jax.lax.stop_gradient(_uncertain_points(key, matched_logits, config))
         logits = _sample_each(matched_logits, points)
         labels = _sample_each(targets.masks.astype(jnp.float32), points)
         care = 1.0 - jax.vmap(lambda points: _sample(targets.ignore[None].astype(jnp.float32), points)[:, 0])(points)
@@ -157,7 +154,7 @@ def _outside_ignore(mask_logits, soft_ignore):
     return jnp.where(inside > 0.5 * jnp.sum(probability, axis=(1, 2)), 0.0, 1.0)
 
 
-def _matching_cost(key, mask_logits, class_logits, targets: Targets, maps, config: CriterionConfig):
+def _matching_cost(key, mask_logits, class_logits, targets: Targets, maps, config):
     """The same costs as the loss, on one set of points for all pairs: ``[queries, instances]``, no gradient."""
     soft_masks, soft_ignore = maps
     mask_logits, class_logits = jax.lax.stop_gradient((mask_logits, class_logits))
