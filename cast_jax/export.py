@@ -58,11 +58,12 @@ def merge_weights(fresh: Params, loaded: Params, parts: Sequence[str], where: st
     """``fresh`` with the subtrees of ``parts`` (path prefixes; empty for everything) taken from ``loaded``.
 
     Raises:
-      UserError: within the parts, a parameter is missing, left over, or of another shape; lists all of them.
+      UserError: a part has no parameters, or one of them is missing, left over or of another shape; lists all of them.
     """
     wanted, given = named_leaves(fresh), named_leaves(loaded)
-    chosen = lambda name: not parts or any(name == part or name.startswith(f"{part}/") for part in parts)
-    faults = [f"missing {name}" for name in wanted if chosen(name) and name not in given]
+    chosen = lambda name: not parts or any(_within(name, part) for part in parts)
+    faults = [f"no parameters under {part}" for part in parts if not any(_within(name, part) for name in wanted)]
+    faults += [f"missing {name}" for name in wanted if chosen(name) and name not in given]
     faults += [f"unexpected {name}" for name in given if chosen(name) and name not in wanted]
     faults += [
         f"{name} has shape {given[name].shape}, not {wanted[name].shape}"
@@ -75,6 +76,10 @@ def merge_weights(fresh: Params, loaded: Params, parts: Sequence[str], where: st
     return jax.tree.map_with_path(
         lambda path, leaf: given[name] if chosen(name := "/".join(key.key for key in path)) else leaf, fresh
     )
+
+
+def _within(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}/")
 
 
 def weights_hash(path: Path) -> str:

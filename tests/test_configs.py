@@ -17,11 +17,14 @@ from cast_jax.core.errors import UserError
 from cast_jax.core.optim import make_optimizer
 from cast_jax.data.datasets import Datasets
 from cast_jax.data.pipeline import LoaderConfig
+from cast_jax.models.functional import Functional
+from cast_jax.models.registry import build_segmenter
 from cast_jax.pipeline import Pipeline
 from cast_jax.recipes.semi_supervised import SemiSupervised
 from configs import common
 
 FILES = sorted(path.stem for path in Path(common.__file__).parent.glob("*.py") if path.stem != "common")
+BUILT: dict[str, Functional] = {}
 CATEGORIES = tuple(Category(10 * i, f"class {i}") for i in range(8))
 
 
@@ -112,13 +115,18 @@ def test_the_papers_hyper_parameters():
     assert steps.distill.objective.criterion.num_points == 12_544
 
 
+def segmenter_once(self: Pipeline, role: str, num_classes: int) -> Functional:
+    """Tracing a large model takes longer than tracing its loss, and does not depend on the image size."""
+    key = repr((self.config["model"][role], num_classes))
+    if key not in BUILT:
+        BUILT[key] = build_segmenter(self.config["model"][role], num_classes, self.image_size)
+    return BUILT[key]
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_the_full_size_loss(file, tmp_path, monkeypatch):
     """Each trained step's loss and optimiser, traced without allocating anything."""
-    build, built = Pipeline.segmenter, {}
-    # Tracing a large model takes longer than tracing its loss: once a model is enough.
-    cached = lambda self, role, classes: built.get(role) or built.setdefault(role, build(self, role, classes))
-    monkeypatch.setattr(Pipeline, "segmenter", cached)
+    monkeypatch.setattr(Pipeline, "segmenter", segmenter_once)
     pipeline = pipeline_of(file, tmp_path)
     seen: dict[str, list[str]] = {}
     for name, step in pipeline.config["steps"].items():

@@ -1,0 +1,161 @@
+"""The objective: its terms, their weights, and which parameters each of them teaches."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import CLASSES, INSTANCES, SIZE, TINY, drawn, group
+
+from cast_jax.contrastive.config import ContrastiveConfig
+from cast_jax.core.annotations import pack_masks
+from cast_jax.core.errors import UserError
+from cast_jax.core.rules import named_leaves
+from cast_jax.losses.set_criterion import CriterionConfig
+from cast_jax.models.functional import Functional
+from cast_jax.models.registry import build_segmenter
+from cast_jax.models.student import ProjectionHead
+from cast_jax.recipes.base import view_images, view_targets
+from cast_jax.recipes.semi_supervised import ObjectiveConfig, SemiSupervised, instance_map
+
+KEY = jax.random.key(0)
+ALL = ObjectiveConfig(
+    supervised_weight=0.7,
+    pseudo_label_weight=0.5,
+    contrastive_weight=0.3,
+    supervised_views=("weak",),
+    pseudo_label_views=("strong",),
+    contrastive_stride=2,
+    criterion=CriterionConfig(num_points=None),
+    contrastive=ContrastiveConfig(num_negatives=4, num_anchors=32, group_size=32, sampler="inverse_cdf"),
+)
+NAMES = ("person", "car", "tree")
+
+
+@functools.cache
+def parts() -> tuple[Functional, Functional]:
+    return build_segmenter(TINY, CLASSES, SIZE), Functional(lambda rngs: ProjectionHead(8, 8, rngs=rngs))
+
+
+def recipe(**changes) -> SemiSupervised:
+    return SemiSupervised(*parts(), dataclasses.replace(ALL, **changes), NAMES)
+
+
+def parameters():
+    segmenter, projection = parts()
+    return {"segmenter": drawn(segmenter.abstract(), 0.2), "projection": drawn(projection.abstract(), 0.2)}
+
+
+def batch():
+    return {"labelled": group(2, 0), "unlabelled": group(2, 10)}
+
+
+@functools.cache
+def everything():
+    """Loss and metrics of all terms together."""
+    return jax.tree.map(np.asarray, jax.jit(recipe().loss_fn)(parameters(), {}, batch(), KEY))
+
+
+def mean(metrics, name: str) -> float:
+    total, count = metrics[name]
+    return float(total / count)
+
+
+def test_the_total_is_the_weighted_sum():
+    loss, metrics = everything()
+    terms = [mean(metrics, name) for name in ("loss/supervised", "loss/pseudo_label", "contrastive/loss")]
+    np.testing.assert_allclose(loss, 0.7 * terms[0] + 0.5 * terms[1] + 0.3 * terms[2], rtol=1e-6)
+    assert metrics["loss/total"][0] == loss
+    assert min(terms) > 0
+    assert len({round(term, 4) for term in terms}) == 3
+
+
+def test_the_metrics():
+    _, metrics = everything()
+    expected = {"loss/total", "contrastive/loss", "contrastive/false_negative_rate", "contrastive/margin"}
+    for prefix in ("supervised", "pseudo_label"):
+        expected |= {f"loss/{prefix}", *(f"loss/{prefix}_{term}" for term in ("mask", "dice", "class"))}
+    assert expected <= set(metrics)
+    assert all(pair[0].shape == pair[1].shape == () for pair in metrics.values())
+    weak = batch()["unlabelled"]["weak"]  # kept instances are counted there
+    assert mean(metrics, "pseudo_labels/per_image") == weak["instance_valid"].sum() / 2 == 2.5
+    assert mean(metrics, "pseudo_labels/score") == 0.5
+    for position, name in enumerate(NAMES):
+        count = np.sum(weak["instance_valid"] & (weak["labels"] == position))
+        assert float(metrics[f"pseudo_labels/per_image/{name}"][0]) == count
+
+
+def test_the_contrastive_term_teaches_features_but_not_the_sampler():
+    """Its gradient reaches encoder, neck and projection, and stops at the predictions that only choose negatives.
+
+    Alone, the term is what it is among the others, and its weight is a factor.
+    """
+    pixel = recipe(supervised_weight=0.0, pseudo_label_weight=0.0, contrastive_weight=2.0)
+    value = jax.jit(jax.value_and_grad(pixel.loss_fn, has_aux=True))
+    (loss, metrics), gradient = value(parameters(), {}, batch(), KEY)
+    np.testing.assert_allclose(loss, 2.0 * mean(everything()[1], "contrastive/loss"), rtol=1e-5)
+    assert not [name for name in metrics if name.startswith(("loss/supervised", "loss/pseudo_label"))]
+
+    sizes = {name: float(np.abs(leaf).max()) for name, leaf in named_leaves(gradient).items()}
+    assert np.isfinite(list(sizes.values())).all()
+    assert {name for name, size in sizes.items() if "mask_decoder" in name and size > 0} == set()
+    for reached in ("projection/out/kernel", "segmenter/encoder/", "segmenter/decoder/"):
+        assert max(size for name, size in sizes.items() if name.startswith(reached)) > 0
+
+
+def test_supervised_only():
+    plain = recipe(pseudo_label_weight=0.0, contrastive_weight=0.0, supervised_views=("weak", "strong"))
+    params = jax.eval_shape(plain.init, KEY)
+    assert set(params) == {"segmenter"}
+    both = {"labelled": batch()["labelled"]}
+    one = {"labelled": {key: both["labelled"][key] for key in ("strong", "instances_cut")}}
+    for labelled in (both, one):
+        loss, metrics = jax.eval_shape(plain.loss_fn, params, {}, labelled, KEY)
+        assert loss.shape == ()
+        assert {"loss/total", "loss/supervised", "loss/supervised_mask"} <= set(metrics)
+        assert not [name for name in metrics if name.startswith(("contrastive/", "pseudo_labels/", "loss/pseudo"))]
+    assert set(jax.eval_shape(recipe().init, KEY)) == {"segmenter", "projection"}
+
+
+def test_views_that_are_not_there():
+    ObjectiveConfig().check_views(("strong",), "steps.x")
+    with pytest.raises(UserError, match=r"steps\.x: objective\.supervised_views \('weak',\) has none of data\.views"):
+        ObjectiveConfig(supervised_views=("weak",)).check_views(("strong",), "steps.x")
+    with pytest.raises(UserError, match=r"steps\.x: objective\.pseudo_label_views"):
+        ObjectiveConfig(pseudo_label_weight=1.0, pseudo_label_views=("weak",)).check_views(("strong",), "steps.x")
+    with pytest.raises(UserError, match=r"steps\.x: the contrastive term needs data\.views"):
+        ObjectiveConfig(contrastive_weight=0.2).check_views(("strong",), "steps.x")
+
+
+def test_images_and_targets_of_a_view():
+    view = group(2, 0)["weak"]
+    np.testing.assert_allclose(view_images(view), view["image"] / 255.0, rtol=1e-6)
+    targets = view_targets(view)
+    assert targets.masks.shape == (2, INSTANCES, *SIZE)
+    np.testing.assert_array_equal(pack_masks(np.asarray(targets.masks)), view["masks"])
+    np.testing.assert_array_equal(targets.weights, np.ones((2, INSTANCES)))
+    assert targets.ignore[:, :3, :5].all()
+    assert int(targets.ignore.sum()) == 2 * 15
+
+
+def test_instance_map_by_hand():
+    """A 4 x 8 image read at the centres (1, 2), (1, 6), (3, 2), (3, 6) of a 2 x 2 grid."""
+    masks = np.zeros((1, 3, 4, 8), bool)
+    masks[0, 0, :, :4] = True  # left half
+    masks[0, 1, 2:, :] = True  # lower half: behind the first where both are
+    masks[0, 2] = True  # everywhere, but only padding
+    ignore = np.zeros((1, 4, 8), bool)
+    view = {
+        "image": np.zeros((1, 4, 8, 3), np.uint8),
+        "masks": jnp.asarray(pack_masks(masks)),
+        "instance_valid": jnp.array([[True, True, False]]),
+        "ignore": jnp.asarray(pack_masks(ignore)),
+    }
+    assert instance_map(view, (2, 2)).tolist() == [[1, 0, 1, 2]]
+    ignore[0, 1, 6] = ignore[0, 3, 2] = True
+    view["ignore"] = jnp.asarray(pack_masks(ignore))
+    assert instance_map(view, (2, 2)).tolist() == [[1, -1, -1, 2]]

@@ -1,0 +1,95 @@
+"""Exported weights come back bit for bit, and only where they fit."""
+
+from __future__ import annotations
+
+import hashlib
+
+import jax
+import numpy as np
+import pytest
+
+from cast_jax.core.annotations import Category
+from cast_jax.core.errors import UserError
+from cast_jax.core.files import read_json
+from cast_jax.export import load_weights, merge_weights, save_weights, weights_hash
+
+CATEGORIES = (Category(24, "person"), Category(26, "car"))
+MODEL = {"model": {"name": "student_tiny", "encoder": {"depth": 2}}, "image_size": [32, 48]}
+
+
+def params(value: float = 0.0):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: (rng.normal(size=shape) + value).astype(np.float32)
+    blocks = {str(i): {"kernel": draw(3, 4), "bias": draw(4)} for i in range(2)}
+    return {"encoder": {"blocks": blocks, "encoder_norm": {"scale": draw(4)}}, "head": {"kernel": draw(4, 2)}}
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "exported" / "last.safetensors"
+    save_weights(path, jax.device_put(params()), MODEL, CATEGORIES)
+    loaded, model, categories = load_weights(path)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params())
+    assert jax.tree.structure(loaded) == jax.tree.structure(params())
+    assert model == MODEL
+    assert categories == CATEGORIES
+    assert read_json(path.parent / "classes.json")[1] == {"id": 26, "name": "car"}
+    assert weights_hash(path) == hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    before = weights_hash(path)
+    save_weights(path, params(1.0), MODEL, CATEGORIES)
+    assert weights_hash(path) != before
+
+
+def test_unreadable_exports_are_named(tmp_path):
+    path = tmp_path / "last.safetensors"
+    with pytest.raises(UserError, match=r"last\.safetensors: not a readable export"):
+        load_weights(path)
+    save_weights(path, params(), MODEL, CATEGORIES)
+    whole = path.read_bytes()
+    for content in (b"", b"no weights", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"last\.safetensors: not a readable export"):
+            load_weights(path)
+    path.write_bytes(whole)
+    (tmp_path / "classes.json").write_text("{")
+    with pytest.raises(UserError, match=r"last\.safetensors: not a readable export"):
+        load_weights(path)
+    (tmp_path / "classes.json").unlink()
+    with pytest.raises(UserError, match=r"classes\.json"):
+        load_weights(path)
+
+
+def test_merge_takes_everything_or_parts():
+    fresh, loaded = params(), params(5.0)
+    jax.tree.map(np.testing.assert_array_equal, merge_weights(fresh, loaded, (), "x"), loaded)
+    abstract = jax.eval_shape(lambda: fresh)
+    jax.tree.map(np.testing.assert_array_equal, merge_weights(abstract, loaded, (), "x"), loaded)
+    # Of the parts only; others may differ or be absent.
+    merged = merge_weights(fresh, {"encoder": loaded["encoder"], "other": np.zeros(3)}, ("encoder",), "x")
+    jax.tree.map(np.testing.assert_array_equal, merged, {"encoder": loaded["encoder"], "head": fresh["head"]})
+    merged = merge_weights(fresh, loaded, ("encoder/blocks/1", "head"), "x")
+    np.testing.assert_array_equal(merged["encoder"]["blocks"]["0"]["bias"], fresh["encoder"]["blocks"]["0"]["bias"])
+    np.testing.assert_array_equal(merged["encoder"]["blocks"]["1"]["bias"], loaded["encoder"]["blocks"]["1"]["bias"])
+
+
+def test_merge_lists_every_fault():
+    loaded = params()
+    del loaded["encoder"]["blocks"]["0"]["bias"]
+    loaded["encoder"]["blocks"]["1"]["kernel"] = np.zeros((3, 5), np.float32)
+    loaded["neck"] = {"kernel": np.zeros(2, np.float32)}
+    with pytest.raises(UserError) as caught:
+        merge_weights(params(), loaded, (), "some/file")
+    assert str(caught.value).splitlines() == [
+        "some/file: the weights do not fit the model:",
+        "  missing encoder/blocks/0/bias",
+        "  unexpected neck/kernel",
+        "  encoder/blocks/1/kernel has shape (3, 5), not (3, 4)",
+    ]
+    merge_weights(params(), loaded, ("head",), "some/file")
+    many = params() | {f"extra{i}": np.zeros(1) for i in range(25)}
+    with pytest.raises(UserError, match="and 5 more"):
+        merge_weights(params(), many, (), "some/file")
+
+
+def test_a_part_that_is_nowhere_is_a_fault():
+    with pytest.raises(UserError, match=r"some/file: the weights do not fit the model:\n  no parameters under encodr"):
+        merge_weights(params(), params(5.0), ("encodr",), "some/file")
