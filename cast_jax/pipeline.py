@@ -237,7 +237,8 @@ class Pipeline:
             return self.datasets.unlabelled
         folder = self.workdir / "pseudo_labels" / step["pseudo_labels"]
         if not (folder / "stats.json").exists():
-            raise self._missing(name, "pseudo_label")
+            teacher = TEACHERS[step["pseudo_labels"]]
+            raise self._missing(name, "pseudo_label" if self.exported(teacher).exists() else teacher)
         return PseudoLabelled(self.datasets.unlabelled, PseudoLabels.open(folder), self.categories)
 
     def exported(self, name: str) -> Path:

@@ -101,6 +101,9 @@ class SemiSupervised:
                 loss = loss + weight * term
                 metrics |= {f"loss/{prefix}": (term, jnp.ones(()))}
                 metrics |= {f"loss/{prefix}_{name}": pair for name, pair in terms.items()}
+        for group in batch:
+            cut = jnp.sum(batch[group]["instances_cut"]).astype(jnp.float32)
+            metrics[f"data/instances_cut_{group}"] = (cut, jnp.asarray(len(batch[group]["instances_cut"]), jnp.float32))
         if "unlabelled" in batch and config.pseudo_label_weight:
             metrics |= _pseudo_label_metrics(batch["unlabelled"], self.class_names)
         if config.contrastive_weight:

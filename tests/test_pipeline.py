@@ -1,0 +1,115 @@
+"""All of CAST end to end, on generated data in COCO format: the smoke run of `configs/coco.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cast_jax import pipeline
+from cast_jax.core.errors import MissingStepError, UserError
+from cast_jax.core.logging import setup_logging
+from configs import coco
+
+STEPS = ["finetune", "adapt", "distill", "refine", "student_supervised"]
+
+
+def config(step: str = "cast", **changes):
+    values = coco.get_config(f"{step},smoke").to_dict()
+    return {**values, **changes}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("run")
+    setup_logging(workdir / "log.txt")
+    pipeline.run(config(), workdir)
+    return workdir
+
+
+def test_every_step_is_in_the_summary(run):
+    steps = json.loads((run / "summary.json").read_text())["steps"]
+    assert list(steps) == STEPS
+    for row in steps.values():
+        assert set(row) == {"mask_ap", "mask_ap50", "images_per_second", "seconds"}
+        assert 0 <= row["mask_ap"] <= row["mask_ap50"] <= 100
+        assert row["images_per_second"] > 0
+    assert "student_supervised" in (run / "log.txt").read_text().split("mask AP")[-1]
+
+
+def test_the_workdir_is_what_the_readme_says(run):
+    files = ["config.json", "classes.json", "environment.json", "log.txt", "report.html", "evaluation/coco_results.json"]
+    files += ["splits/labelled.txt", "splits/unlabelled.txt", "splits/val.txt", "evaluation/per_class_ap.csv"]
+    for which in ("finetuned", "adapted"):
+        files += [f"pseudo_labels/{which}/{name}" for name in ("shard-00000.jsonl", "stats.json", "contact_sheet.jpg")]
+    for step in STEPS:
+        files += [f"{step}/exported/{name}" for name in ("last.safetensors", "config.json", "classes.json")]
+        files += [f"{step}/metrics.jsonl", f"{step}/evaluation/pr_curve.png"]
+        assert list((run / step / "overlays").glob("*.jpg"))
+        assert list((run / step).glob("events.out.tfevents.*"))
+    assert [name for name in files if not (run / name).is_file()] == []
+
+
+def test_original_ids_come_back_everywhere(run):
+    ids = {entry["id"] for entry in json.loads((run / "classes.json").read_text())}
+    assert ids == {24, 25, 26, 27, 28, 31, 32, 33}  # sparse, so not the positions
+    results = json.loads((run / "distill/evaluation/coco_results.json").read_text())
+    assert {result["category_id"] for result in results} <= ids
+    assert {result["image_id"] for result in results} <= {1, 2, 3, 4}
+    shard = (run / "pseudo_labels/adapted/shard-00000.jsonl").read_text().splitlines()
+    found = [instance for line in shard for instance in json.loads(line)["instances"]]
+    assert found
+    assert {instance["category_id"] for instance in found} <= ids
+    assert json.loads((run / "refine/exported/classes.json").read_text()) == json.loads((run / "classes.json").read_text())
+
+
+def test_the_semi_supervised_steps_log_what_the_method_watches(run):
+    for step in ("adapt", "distill"):
+        logged = json.loads((run / step / "metrics.jsonl").read_text().splitlines()[0])
+        assert {
+            "loss/supervised",
+            "loss/pseudo_label",
+            "contrastive/loss",
+            "contrastive/false_negative_rate",
+            "contrastive/margin",
+            "pseudo_labels/per_image",
+            "pseudo_labels/per_image/car",
+            "data/instances_cut_labelled",
+            "optimizer/learning_rate",
+            "speed/images_per_second",
+            "speed/waiting_for_data",
+        } <= set(logged)
+
+
+def test_running_again_does_nothing(run):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    before |= {path: path.stat().st_mtime_ns for path in run.rglob("shard-*.jsonl")}
+    pipeline.run(config(), run)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_evaluate_repeats_the_result_of_the_last_step(run):
+    before = json.loads((run / "refine/evaluation/results.json").read_text())
+    pipeline.run(config("evaluate"), run)
+    assert json.loads((run / "refine/evaluation/results.json").read_text()) == before
+
+
+def test_another_configuration_is_refused_with_the_difference(run):
+    with pytest.raises(UserError, match=r"config\.seed: 0 -> 7"):
+        pipeline.run(config(seed=7), run)
+
+
+@pytest.mark.parametrize(
+    ("step", "needed"), [("pseudo_label", "finetune"), ("distill", "adapt"), ("refine", "distill"), ("evaluate", "finetune")]
+)
+def test_a_missing_step_is_named_with_its_command(step, needed, tmp_path):
+    setup_logging()
+    with pytest.raises(MissingStepError, match=rf"configs/coco\.py:{needed} "):
+        pipeline.run(config(step), tmp_path)
+
+
+def test_missing_paths_are_named_before_anything_is_trained(tmp_path):
+    with pytest.raises(UserError, match=r"config\.data\.labelled is not set"):
+        pipeline.run(coco.get_config("cast").to_dict(), tmp_path)
+    assert not (tmp_path / "finetune").exists()
