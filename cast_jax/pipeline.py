@@ -57,9 +57,13 @@ def run(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
       UserError, DataError, MissingStepError: before the long work, saying how to mend it.
     """
     workdir = Path(workdir)
-    _claim(config, workdir)
+    _require_same(config, workdir)
     pipeline = Pipeline(config, workdir)
     pipeline.check()
+    # Only now is the workdir this configuration's: what had to be mended may be mended in place.
+    if not (workdir / "config.json").exists():
+        write_json(workdir / "config.json", to_json(config))
+    write_json(workdir / "environment.json", environment())
     step = config["step"]
     for name in config["pipeline"] if step == "cast" else (step,):
         pipeline.run_step(name)
@@ -383,19 +387,19 @@ class Pipeline:
         return summary
 
 
-def _claim(config: Mapping[str, Any], workdir: Path) -> None:
-    """Makes the workdir this configuration's, or refuses with the difference if it is another's."""
+def _require_same(config: Mapping[str, Any], workdir: Path) -> None:
+    """Refuses a workdir that was made with another configuration, with the differences."""
     path = workdir / "config.json"
+    if not path.exists():
+        return
     # The step, the machine and what is only looked at may change from call to call.
     free = ("step", "file", "runtime", "mesh", "evaluate")
-    wanted = {key: value for key, value in to_json(config).items() if key not in free}
-    if path.exists():
-        known = {key: value for key, value in read_json(path).items() if key not in free}
-        if lines := differences(known, wanted):
-            listed = "\n  ".join(lines[:20])
-            raise UserError(
-                f"{workdir} was made with another configuration; use another --workdir. It differs in\n  {listed}"
-            )
-    else:
-        write_json(path, to_json(config))
-    write_json(workdir / "environment.json", environment())
+    known, wanted = (
+        {key: value for key, value in settings.items() if key not in free}
+        for settings in (read_json(path), to_json(config))
+    )
+    if lines := differences(known, wanted):
+        listed = "\n  ".join(lines[:20])
+        raise UserError(
+            f"{workdir} was made with another configuration; use another --workdir. It differs in\n  {listed}"
+        )

@@ -1,0 +1,55 @@
+"""A write happens whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+import pytest
+
+from cast_jax.core.files import atomic_write, read_json, write_json
+
+
+def test_text_bytes_and_folders(tmp_path):
+    path = tmp_path / "a" / "b" / "file.txt"
+    atomic_write(path, "grün\n")
+    assert path.read_bytes() == "grün\n".encode()
+    atomic_write(str(path), b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff"
+    assert os.listdir(path.parent) == ["file.txt"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "chmod"])
+def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch, call):
+    path = tmp_path / "file.txt"
+    atomic_write(path, "old")
+
+    def fail(*arguments, **options):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError, match="disk full"):
+        atomic_write(path, "new")
+    monkeypatch.undo()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_the_old_file_stays_readable_while_the_new_one_is_written(tmp_path, monkeypatch):
+    path, seen = tmp_path / "file.txt", []
+    atomic_write(path, "old")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: seen.append(path.read_text()))
+    atomic_write(path, "new")
+    assert seen == ["old"]
+    assert path.read_text() == "new"
+
+
+def test_json(tmp_path):
+    value = {"b": [1, 2.5, None], "a": {"ü": True}}
+    write_json(tmp_path / "x.json", value)
+    assert read_json(tmp_path / "x.json") == value
+    assert list(read_json(tmp_path / "x.json")) == ["b", "a"]
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "x.json", {"x": object()})
+    assert read_json(tmp_path / "x.json") == value

@@ -1,0 +1,71 @@
+"""Sampling equals PyTorch's, packing is undone, and positions are (y, x) with centres at +0.5."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from cast_jax.core.annotations import pack_masks
+from cast_jax.core.geometry import (
+    apply_affine,
+    batched_bilinear_sample,
+    bilinear_sample,
+    inside_box,
+    pixel_centres,
+    scale_positions,
+    unpack_masks,
+)
+
+
+@pytest.mark.parametrize("size", [(5, 7), (1, 6), (4, 1)])
+def test_bilinear_sampling_is_grid_sample(size):
+    """Values and gradients, inside, on the border and far outside."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(*size, 3)).astype(np.float32)
+    positions = rng.uniform(-3, 10, (40, 2)).astype(np.float32)
+    positions[:4] = [[0.5, 0.5], [0, 0], [size[0], size[1]], [size[0] - 0.5, 0.5]]
+    weights = rng.normal(size=(40, 3)).astype(np.float32)
+
+    source = torch.tensor(features, requires_grad=True)
+    grid = torch.tensor(2 * positions / np.array(size, np.float32) - 1)[:, [1, 0]]
+    sampled = torch.nn.functional.grid_sample(
+        source.permute(2, 0, 1)[None], grid[None, None], padding_mode="border", align_corners=False
+    )[0, :, 0].T
+    (sampled * torch.tensor(weights)).sum().backward()
+
+    value = jax.jit(lambda features: bilinear_sample(features, positions))
+    np.testing.assert_allclose(value(features), sampled.detach(), rtol=1e-4, atol=1e-5)
+    gradient = jax.jit(jax.grad(lambda features: jnp.sum(bilinear_sample(features, positions) * weights)))(features)
+    assert source.grad is not None
+    np.testing.assert_allclose(gradient, source.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_each_image_of_a_batch_has_its_own_positions():
+    features = jnp.arange(24.0).reshape(2, 3, 4, 1)
+    positions = jnp.array([[[0.5, 1.5]], [[2.5, 3.5]]])
+    assert batched_bilinear_sample(features, positions).ravel().tolist() == [1.0, 23.0]
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 9, 20])
+def test_packing_is_undone(width):
+    masks = np.random.default_rng(width).random((2, 3, 4, width)) < 0.5
+    packed = pack_masks(masks)
+    assert packed.shape == (2, 3, 4, -(-width // 8))
+    np.testing.assert_array_equal(unpack_masks(jnp.asarray(packed), width), masks)
+
+
+def test_the_first_pixel_is_the_lowest_bit():
+    assert pack_masks(np.array([[True, True, False, False, False, False, False, False, True]])).tolist() == [[3, 1]]
+
+
+def test_centres_affine_boxes_and_scales():
+    assert pixel_centres(2, 3).tolist() == [[0.5, 0.5], [0.5, 1.5], [0.5, 2.5], [1.5, 0.5], [1.5, 1.5], [1.5, 2.5]]
+    # y' = 2 y + 1, x' = y - x.
+    matrix = jnp.array([[2.0, 0.0, 1.0], [1.0, -1.0, 0.0]])
+    assert apply_affine(matrix, jnp.array([[3.0, 5.0], [0.0, 0.0]])).tolist() == [[7.0, -2.0], [1.0, 0.0]]
+    corners = jnp.array([[1.0, 2.0], [2.9, 4.9], [3.0, 3.0], [2.0, 5.0], [0.9, 3.0]])
+    assert inside_box(jnp.array([1.0, 2.0, 3.0, 5.0]), corners).tolist() == [True, True, False, False, False]
+    assert scale_positions(jnp.array([[1.0, 4.0]]), (2, 8), (6, 4)).tolist() == [[3.0, 2.0]]

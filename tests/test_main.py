@@ -1,0 +1,78 @@
+"""What the front door says to faulty commands: one readable message and exit code 1, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ("--config", "configs/demo.py:cast,smoke")
+
+# Imports once, then runs each command of a list in a fork of its own: most of a start's time goes into imports.
+DRIVER = """
+import json, os, sys
+from cast_jax import main
+for number, arguments in enumerate(json.load(sys.stdin)):
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(f"{sys.argv[1]}/{number}", os.O_CREAT | os.O_WRONLY), 2)
+        sys.argv[1:] = arguments
+        try:
+            main.run()
+        except SystemExit as stop:  # as Python does it, without the second that its clean-up takes
+            print(stop.code if isinstance(stop.code, str) else "", file=sys.stderr, flush=True)
+            os._exit(1 if isinstance(stop.code, str) else stop.code)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with open(f"{sys.argv[1]}/{number}", "a") as file:
+        file.write(f"exit code {status}")
+"""
+
+
+def test_help():
+    command = [sys.executable, "-m", "cast_jax.main", "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--config: What to run: configs/<name>.py:<step>" in result.stdout
+    assert "--workdir: Folder of the run" in result.stdout
+
+
+FAULTS = [
+    ((), "--config must have a value"),
+    (CONFIG, "--workdir must have a value"),
+    (("--config", "configs/demo.py:distil"), "unknown step 'distil'; known steps: cast, pretrain"),
+    (("--config", "configs/demo.py:cast,sead=1"), "unknown config argument 'sead'; known: seed, smoke"),
+    (("--config", "configs/none.py:cast"), "No such file or directory: 'configs/none.py'"),
+    ((*CONFIG, "--config.x.y=3"), "error: --config.x.y=3: the configuration has no 'x'"),
+    ((*CONFIG, "--config.data.image_sise=3"), "the configuration has no 'image_sise'. Did you mean \"image_size\""),
+    ((*CONFIG, "--config.data.max_instances=many"), "invalid literal for int() with base 10: 'many'"),
+    ((*CONFIG, "--nonsense"), "Unknown command line flag 'nonsense'"),
+    ((*CONFIG, "nonsense"), "unknown arguments: nonsense"),
+    (("--config", "configs/cityscapes.py:cast"), "config.data.root is not set"),
+    ((*CONFIG, "--config.mesh.data=3"), "mesh {'data': 3, 'fsdp': 1} does not fit"),
+    ((*CONFIG, "--config.runtime.debug_nan=1"), "the configuration has no 'debug_nan'. Did you mean \"debug_nans\""),
+    ((*CONFIG, "--config.model.teacher.name=sam"), "config.model.teacher.name 'sam' is unknown; known: student_s"),
+]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory) -> list[str]:
+    """What each faulty command wrote to stderr, and its exit code."""
+    folder, workdir = tmp_path_factory.mktemp("answers"), tmp_path_factory.mktemp("run")
+    commands = [
+        [*arguments] if arguments == () or "--workdir" in message else [*arguments, "--workdir", str(workdir)]
+        for arguments, message in FAULTS
+    ]
+    driver = [sys.executable, "-c", DRIVER, str(folder)]
+    subprocess.run(driver, cwd=ROOT, input=json.dumps(commands), text=True, check=True)
+    return [(folder / str(number)).read_text() for number in range(len(FAULTS))]
+
+
+@pytest.mark.parametrize("number", range(len(FAULTS)), ids=[message for _, message in FAULTS])
+def test_faults_are_one_message(answers, number):
+    answer = answers[number]
+    assert FAULTS[number][1] in answer
+    assert answer.endswith("exit code 1")
+    assert "Traceback" not in answer
