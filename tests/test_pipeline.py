@@ -39,7 +39,14 @@ def test_every_step_is_in_the_summary(run):
 
 
 def test_the_workdir_is_what_the_readme_says(run):
-    files = ["config.json", "classes.json", "environment.json", "log.txt", "report.html", "evaluation/coco_results.json"]
+    files = [
+        "config.json",
+        "classes.json",
+        "environment.json",
+        "log.txt",
+        "report.html",
+        "evaluation/coco_results.json",
+    ]
     files += ["splits/labelled.txt", "splits/unlabelled.txt", "splits/val.txt", "evaluation/per_class_ap.csv"]
     for which in ("finetuned", "adapted"):
         files += [f"pseudo_labels/{which}/{name}" for name in ("shard-00000.jsonl", "stats.json", "contact_sheet.jpg")]
@@ -61,7 +68,9 @@ def test_original_ids_come_back_everywhere(run):
     found = [instance for line in shard for instance in json.loads(line)["instances"]]
     assert found
     assert {instance["category_id"] for instance in found} <= ids
-    assert json.loads((run / "refine/exported/classes.json").read_text()) == json.loads((run / "classes.json").read_text())
+    assert json.loads((run / "refine/exported/classes.json").read_text()) == json.loads(
+        (run / "classes.json").read_text()
+    )
 
 
 def test_the_semi_supervised_steps_log_what_the_method_watches(run):
@@ -101,7 +110,8 @@ def test_another_configuration_is_refused_with_the_difference(run):
 
 
 @pytest.mark.parametrize(
-    ("step", "needed"), [("pseudo_label", "finetune"), ("distill", "adapt"), ("refine", "distill"), ("evaluate", "finetune")]
+    ("step", "needed"),
+    [("pseudo_label", "finetune"), ("distill", "adapt"), ("refine", "distill"), ("evaluate", "finetune")],
 )
 def test_a_missing_step_is_named_with_its_command(step, needed, tmp_path):
     setup_logging()
