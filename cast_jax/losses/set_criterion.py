@@ -80,7 +80,8 @@ def set_criterion(
     """
     layers = tuple((masks.astype(jnp.float32), classes.astype(jnp.float32)) for masks, classes in layers)
     keys = [jax.random.split(layer_key, (2, len(targets.labels))) for layer_key in jax.random.split(key, len(layers))]
-    maps = _target_maps(targets, layers[0][0].shape[-2:])
+    height, width = layers[0][0].shape[-2:]
+    maps = _target_maps(targets, (height, width))
     # Only the small cost matrices are stacked, to be matched together; stacking the maps would copy them.
     costs = [
         jax.vmap(functools.partial(_matching_cost, config=config))(match_keys, masks, classes, targets, maps)
