@@ -82,15 +82,17 @@ def set_criterion(
     keys = [jax.random.split(layer_key, (2, len(targets.labels))) for layer_key in jax.random.split(key, len(layers))]
     height, width = layers[0][0].shape[-2:]
     maps = _target_maps(targets, (height, width))
+    # Compiled functions within the compiled step: Python traces them once instead of once a layer.
+    costs_of = jax.jit(jax.vmap(functools.partial(_matching_cost, config=config)))
+    terms_of = jax.jit(jax.vmap(functools.partial(_image_terms, config=config)))
     # Only the small cost matrices are stacked, to be matched together; stacking the maps would copy them.
     costs = [
-        jax.vmap(functools.partial(_matching_cost, config=config))(match_keys, masks, classes, targets, maps)
+        costs_of(match_keys, masks, classes, targets, maps)
         for (masks, classes), (match_keys, _) in zip(layers, keys, strict=True)
     ]
     queries, matched = match_all(jnp.stack(costs), targets.valid)
-    per_image = jax.vmap(functools.partial(_image_terms, config=config))
     terms = [
-        jax.tree.map(jnp.sum, per_image(loss_keys, masks, classes, targets, maps, queries[layer], matched[layer]))
+        jax.tree.map(jnp.sum, terms_of(loss_keys, masks, classes, targets, maps, queries[layer], matched[layer]))
         for layer, ((masks, classes), (_, loss_keys)) in enumerate(zip(layers, keys, strict=True))
     ]
     weights = {"class": config.class_weight, "mask": config.mask_weight, "dice": config.dice_weight}
