@@ -210,7 +210,9 @@ class Pipeline:
             )
 
     def _initial_params(self, recipe: SemiSupervised, start: tuple[Path, tuple[str, ...]] | None) -> Params:
-        params = recipe.init(jax.random.key(self.config["seed"]))
+        # XLA:CPU would spend most of a minute optimising a program that runs once.
+        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        params = jax.jit(recipe.init, compiler_options=options)(jax.random.key(self.config["seed"]))
         if start is not None:
             path, parts = start
             loaded, _, _ = load_weights(path)

@@ -26,10 +26,7 @@ class Functional:
 
     def init(self, key: PRNGKeyArray) -> Params:
         """Fresh float32 parameters, compiled as one program."""
-        # XLA:CPU spends most of a minute optimising this program, which runs once.
-        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        build = lambda key: _to_tree(nnx.split(self._build(nnx.Rngs(params=key)))[1])
-        return jax.jit(build, compiler_options=options)(key)
+        return jax.jit(lambda key: _to_tree(nnx.split(self._build(nnx.Rngs(params=key)))[1]))(key)
 
     def abstract(self) -> Params:
         """Shapes and dtypes of the parameters, without allocating any."""
