@@ -105,7 +105,12 @@ def _group(key: jax.Array, count: int, size: tuple[int, int], instances: int, cl
         "scores": jnp.ones((count, instances)),
         "ignore": jnp.zeros((count, height, width // 8), jnp.uint8),
     }
-    return {"weak": view, "strong": view, "strong_to_weak": jnp.tile(jnp.eye(2, 3), (count, 1, 1))}
+    return {
+        "weak": view,
+        "strong": view,
+        "strong_to_weak": jnp.tile(jnp.eye(2, 3), (count, 1, 1)),
+        "instances_cut": jnp.zeros(count, jnp.int32),
+    }
 
 
 def compare(variants: dict[str, tuple[Any, tuple[Any, ...]]], repeats: int) -> list[dict[str, Any]]:
