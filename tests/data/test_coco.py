@@ -157,7 +157,9 @@ def test_malformed_segmentations_are_refused_with_their_place(tmp_path, segmenta
         _open(tmp_path, _annotation(4, segmentation))
 
 
-@pytest.mark.parametrize("content", ["{", '{"images": [}', "", '[{"images": 1}]', '"text"'])
+@pytest.mark.parametrize(
+    "content", ["{", '{"images": [}', "", '[{"images": 1}]', '"text"', "[" * 200_000], ids=range(6)
+)
 def test_broken_json_names_the_file(tmp_path, content):
     with pytest.raises(DataError, match=r"train\.json"):
         Coco(_write(tmp_path, content))
@@ -215,6 +217,8 @@ def test_missing_and_mistyped_keys_are_named(tmp_path, group, key):
         (lambda c: c["images"][0].update(file_name="/etc/a.png"), "inside the folder"),
         (lambda c: c["images"][0].update(file_name="../train/a.png"), "inside the folder"),
         (lambda c: c.update(images=[], annotations=[]), "images is empty"),
+        (lambda c: c["images"][0].update(height=0), "images\\[0\\] has height, width \\[0, "),
+        (lambda c: c["images"][0].update(width=10**25), "they must be its size in pixels"),
         (lambda c: c.update(categories=[]), "categories is empty"),
     ],
 )

@@ -71,6 +71,9 @@ class Coco:
             [_field(entry, key, where, "images", i, int) for key in ("height", "width")]
             for i, entry in enumerate(entries)
         ]
+        for i, size in enumerate(sizes):
+            if not all(1 <= side < 2**31 for side in size):
+                raise DataError(f"{where}: images[{i}] has height, width {size}; they must be its size in pixels")
         self._sizes = np.asarray(sizes, np.int64).reshape(-1, 2)
         if not self._ids:
             raise DataError(f"{where}: images is empty")
@@ -162,7 +165,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             content = json.load(file, object_hook=_compact)
     except FileNotFoundError:
         raise DataError(f"{path}: no such annotation file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not valid JSON ({error})") from error
     for key in ("images", "annotations", "categories"):
         entries = content.get(key) if isinstance(content, dict) else None
