@@ -61,7 +61,7 @@ def run(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     pipeline = Pipeline(config, workdir)
     pipeline.check()
     # Only now is the workdir this configuration's: what had to be mended may be mended in place.
-    if not (workdir / "config.json").exists():
+    if not _has_results(workdir):
         write_json(workdir / "config.json", to_json(config))
     write_json(workdir / "environment.json", environment())
     step = config["step"]
@@ -112,6 +112,7 @@ class Pipeline:
 
     def check(self) -> None:
         """Everything that can be wrong with the configuration, found before the first step."""
+        self._check_names()
         for name, step in self.config["steps"].items():
             self.train_config(name)
             objective = build(ObjectiveConfig, step["objective"], f"config.steps.{name}.objective")
@@ -132,6 +133,27 @@ class Pipeline:
             *(len(source) for source in (self.datasets.labelled, self.datasets.unlabelled, self.datasets.val)),
             len(self.categories),
         )
+
+    def _check_names(self) -> None:
+        """The seed, and everything by which one part of the configuration names another."""
+        steps = tuple(self.config["steps"])
+        if self.config["seed"] < 0:
+            raise UserError(f"config.seed is {self.config['seed']}; it must be at least 0")
+        runnable = (*steps, "pseudo_label", *(f"pseudo_label/{which}" for which in TEACHERS), "evaluate")
+        choices = [("config.step", self.config["step"], ("cast", *runnable))]
+        choices += [("config.pipeline", name, runnable) for name in self.config["pipeline"]]
+        for name, step in self.config["steps"].items():
+            where = f"config.steps.{name}"
+            choices.append((f"{where}.model", step["model"], tuple(self.config["model"])))
+            choices.append((f"{where}.source", step["source"], ("labelled", "pretrain")))
+            choices.append((f"{where}.start", step["start"], ("", *steps)))
+            choices.append((f"{where}.pseudo_labels", step["pseudo_labels"], ("", *TEACHERS)))
+        for key, value, known in choices:
+            if value not in known:
+                raise UserError(f"{key} {value!r} is unknown; known: {', '.join(filter(None, known))}")
+        for role, given in self.config["init"].items():
+            if given and not _weights_file(given).exists():
+                raise UserError(f"config.init.{role}: no weights at {_weights_file(given)}")
 
     def run_step(self, name: str) -> None:
         """Runs one step of the pipeline by name."""
@@ -228,11 +250,7 @@ class Pipeline:
                 raise self._missing(name, step["start"])
             return path, tuple(step["start_parts"])
         if given := self.config["init"][step["model"]]:
-            path = Path(given)
-            path = path if path.suffix == ".safetensors" else path / "model.safetensors"
-            if not path.exists():
-                raise UserError(f"config.init.{step['model']}: no weights at {path}")
-            return path, tuple(step["start_parts"])
+            return _weights_file(given), tuple(step["start_parts"])
         return None
 
     def _unlabelled(self, name: str) -> Source | None:
@@ -389,19 +407,32 @@ class Pipeline:
         return summary
 
 
+def _weights_file(given: str) -> Path:
+    """The file that ``config.init`` names: itself, or the one in a folder of converted weights."""
+    return Path(given) if given.endswith(".safetensors") else Path(given) / "model.safetensors"
+
+
 def _require_same(config: Mapping[str, Any], workdir: Path) -> None:
     """Refuses a workdir that was made with another configuration, with the differences."""
     path = workdir / "config.json"
-    if not path.exists():
+    if not path.exists() or not _has_results(workdir):
         return
+    try:
+        stored = dict(read_json(path))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: is not the configuration of a run ({error}); use another --workdir") from error
     # The step, the machine and what is only looked at may change from call to call.
     free = ("step", "file", "runtime", "mesh", "evaluate")
     known, wanted = (
-        {key: value for key, value in settings.items() if key not in free}
-        for settings in (read_json(path), to_json(config))
+        {key: value for key, value in settings.items() if key not in free} for settings in (stored, to_json(config))
     )
     if lines := differences(known, wanted):
         listed = "\n  ".join(lines[:20])
         raise UserError(
             f"{workdir} was made with another configuration; use another --workdir. It differs in\n  {listed}"
         )
+
+
+def _has_results(workdir: Path) -> bool:
+    """Whether a step left something: until then the configuration may still be mended in the same workdir."""
+    return any(next(workdir.glob(pattern), None) for pattern in ("*/checkpoints/*", "*/exported/*", "pseudo_labels/*"))

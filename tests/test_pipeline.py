@@ -123,3 +123,46 @@ def test_missing_paths_are_named_before_anything_is_trained(tmp_path):
     with pytest.raises(UserError, match=r"config\.data\.labelled is not set"):
         pipeline.run(coco.get_config("cast").to_dict(), tmp_path)
     assert not (tmp_path / "finetune").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("seed", -1, r"config\.seed is -1"),
+        ("step", "nope", r"config\.step 'nope' is unknown; known: cast, "),
+        ("pipeline", ("finetune", "nope"), r"config\.pipeline 'nope' is unknown"),
+        ("init", {"teacher": "nowhere", "student": ""}, r"config\.init\.teacher: no weights at nowhere"),
+    ],
+)
+def test_faulty_names_are_found_before_the_workdir_is_claimed(key, value, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        pipeline.run({**config(), key: value}, tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("model", "techer"), ("source", "nope"), ("start", "nope"), ("pseudo_labels", "nope")]
+)
+def test_a_step_that_names_what_is_not_there_is_refused(key, value, tmp_path):
+    values = config()
+    values["steps"]["refine"][key] = value
+    with pytest.raises(UserError, match=rf"config\.steps\.refine\.{key} '{value}' is unknown; known: "):
+        pipeline.run(values, tmp_path)
+
+
+def test_a_workdir_without_results_takes_a_mended_configuration(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.Pipeline, "run_step", lambda self, name: None)
+    pipeline.run(config(seed=1), tmp_path)
+    pipeline.run(config(seed=2), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 2
+    (tmp_path / "finetune" / "checkpoints" / "2").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"config\.seed: 2 -> 3"):
+        pipeline.run(config(seed=3), tmp_path)
+
+
+@pytest.mark.parametrize("text", ['{"seed":', "[1]", "3"])
+def test_a_damaged_configuration_of_a_run_is_named(text, tmp_path):
+    (tmp_path / "finetune" / "exported" / "x").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json: is not the configuration of a run"):
+        pipeline.run(config(), tmp_path)
