@@ -182,6 +182,18 @@ def tiny_models(config: ConfigDict, image_size: tuple[int, int]) -> None:
         step.objective.contrastive.update({"num_negatives": 64, "num_anchors": 128})
 
 
+def small_steps(config: ConfigDict, steps: dict[str, int], *, log_every: int, save_every: int) -> None:
+    """Short schedules of four images an update."""
+    for name, count in steps.items():
+        step = config.steps[name]
+        semi = bool(step.pseudo_labels)
+        step.data.update({"batch_labelled": 2 if semi else 4, "batch_unlabelled": 2 if semi else 0})
+        # Four images meet labels in every update of every step, in the strong view; the weak one serves the contrast.
+        step.data.views = ("weak", "strong") if semi else ("strong",)
+        step.objective.update({"supervised_views": ("strong",), "pseudo_label_views": ("strong",)})
+        step.train.update({"steps": count, "log_every": log_every, "save_every": save_every})
+
+
 def smoke(config: ConfigDict) -> None:
     """The same code path with tiny models and a few steps, on generated data where no root is given."""
     tiny_models(config, (64, 128))

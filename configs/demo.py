@@ -38,12 +38,5 @@ def get_config(argument: str = "cast"):
     config.data.view.update({"scale": (0.8, 1.4), "crop_area": (0.4, 1.0), "min_area": 8})
     for role in ("teacher", "student"):
         config.model[role].mask_decoder = {"query_stride": 4}
-    for name, steps in STEPS.items():
-        step = config.steps[name]
-        semi = bool(step.pseudo_labels)
-        step.data.update({"batch_labelled": 2 if semi else 4, "batch_unlabelled": 2 if semi else 0})
-        # Four images meet labels in every update of every step, in the strong view; the weak one serves the contrast.
-        step.data.views = ("weak", "strong") if semi else ("strong",)
-        step.objective.update({"supervised_views": ("strong",), "pseudo_label_views": ("strong",)})
-        step.train.update({"steps": steps, "log_every": 20, "save_every": 100})
+    common.small_steps(config, STEPS, log_every=20, save_every=100)
     return config
