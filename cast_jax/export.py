@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from cast_jax.core.annotations import Category
@@ -36,11 +36,31 @@ def load_weights(path: Path) -> tuple[Params, dict[str, Any], tuple[Category, ..
     Raises:
       UserError: a missing or damaged file, naming it.
     """
+    return _load(path, load_file)
+
+
+def load_shapes(path: Path) -> tuple[Params, dict[str, Any], tuple[Category, ...]]:
+    """As :func:`load_weights`, but of the parameters only the shapes, from the file's header (as float32).
+
+    Raises:
+      UserError: a missing or damaged file, naming it.
+    """
+    return _load(path, _read_shapes)
+
+
+def _read_shapes(path: Path) -> dict[str, Any]:
+    with safe_open(path, "numpy") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    return {name: jax.ShapeDtypeStruct(tuple(shape), np.float32) for name, shape in shapes.items()}
+
+
+def _load(path: Path, read: Callable[[Path], dict[str, Any]]) -> tuple[Params, dict[str, Any], tuple[Category, ...]]:
     try:
-        arrays = load_file(path)
+        arrays = read(path)
         model = read_json(path.parent / "config.json")
         classes = read_json(path.parent / "classes.json")
-    except (OSError, SafetensorError, ValueError) as error:
+        categories = tuple(Category(entry["id"], entry["name"]) for entry in classes)
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: not a readable export of weights with config.json and classes.json: {error}"
         ) from error
@@ -51,7 +71,7 @@ def load_weights(path: Path) -> tuple[Params, dict[str, Any], tuple[Category, ..
         for parent in parents:
             node = node.setdefault(parent, {})
         node[leaf] = array
-    return params, model, tuple(Category(entry["id"], entry["name"]) for entry in classes)
+    return params, model, categories
 
 
 def merge_weights(fresh: Params, loaded: Params, parts: Sequence[str], where: str) -> Params:

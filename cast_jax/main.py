@@ -14,6 +14,7 @@ from cast_jax import pipeline
 from cast_jax.core.errors import DivergedError, UserError
 from cast_jax.core.logging import setup_logging
 from cast_jax.core.runtime import setup
+from cast_jax.preflight import make_workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command continues what is there.")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: configs/<name>.py:<step>[,key=value ...].")
@@ -28,6 +29,7 @@ def main(argv: list[str]) -> None:
     workdir, config = Path(_WORKDIR.value or ""), _CONFIG.value.to_dict()
     absl_logging.set_verbosity(absl_logging.WARNING)
     try:
+        make_workdir(workdir)
         setup_logging(workdir / "log.txt")
         setup(config["runtime"])
         pipeline.run(config, workdir)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool
 
 from cast_jax.core import metrics as metric
 from cast_jax.core.checkpoint import Checkpoints, TrainState
+from cast_jax.core.config import check_ranges
 from cast_jax.core.errors import DataError, DivergedError, UserError
 from cast_jax.core.files import read_json, write_json
 from cast_jax.core.logging import MetricsWriter, read_metrics
@@ -77,11 +78,8 @@ class TrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("log_every", 1), ("save_every", 1), ("eval_every", 0), ("keep", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise UserError(f"ema_decay is {self.ema_decay}; it must lie in [0, 1), or be None")
+        check_ranges(self, steps="[1, inf)", log_every="[1, inf)", save_every="[1, inf)", eval_every="[0, inf)")
+        check_ranges(self, keep="[1, inf)", ema_decay="[0, 1)")
         if self.evaluate_ema and self.ema_decay is None:
             raise UserError("evaluate_ema asks for a moving average, but ema_decay is None")
 

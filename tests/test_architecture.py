@@ -18,6 +18,8 @@ PACKAGE = Path(cast_jax.__file__).parent
 FLOORS = (
     ("main",),
     ("pipeline",),
+    ("preflight",),
+    ("settings",),
     ("trainer", "predict", "report", "export"),
     ("recipes",),
     ("models", "losses", "contrastive", "data", "evaluation", "weights", "visualize"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,19 +11,18 @@ import jax.numpy as jnp
 import pytest
 
 from cast_jax.core.annotations import Category
-from cast_jax.core.config import to_json
+from cast_jax.core.config import build, to_json
 from cast_jax.core.errors import UserError
 from cast_jax.core.optim import make_optimizer
-from cast_jax.data.datasets import Datasets
+from cast_jax.core.sharding import make_mesh
 from cast_jax.data.pipeline import LoaderConfig
-from cast_jax.models.functional import Functional
-from cast_jax.models.registry import build_segmenter
 from cast_jax.pipeline import Pipeline
+from cast_jax.preflight import check_settings
 from cast_jax.recipes.semi_supervised import SemiSupervised
+from cast_jax.settings import RunConfig
 from configs import common
 
 FILES = sorted(path.stem for path in Path(common.__file__).parent.glob("*.py") if path.stem != "common")
-BUILT: dict[str, Functional] = {}
 CATEGORIES = tuple(Category(10 * i, f"class {i}") for i in range(8))
 
 
@@ -32,12 +30,8 @@ def get_config(file: str, argument: str = "cast"):
     return importlib.import_module(f"configs.{file}").get_config(argument)
 
 
-def pipeline_of(file: str, folder: Path, argument: str = "cast") -> Pipeline:
-    """The pipeline of a configuration over images that are never looked at."""
-    source: Any = SimpleNamespace(categories=CATEGORIES)
-    pipeline = Pipeline(get_config(file, argument).to_dict(), folder)
-    pipeline.__dict__["datasets"] = Datasets(source, source, source, source)
-    return pipeline
+def run_config(file: str, argument: str = "cast") -> RunConfig:
+    return build(RunConfig, get_config(file, argument).to_dict(), "config")
 
 
 def abstract_batch(config: LoaderConfig) -> dict[str, Any]:
@@ -68,21 +62,19 @@ def test_there_are_configurations():
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_every_step_builds(file, tmp_path):
+def test_every_step_builds(file):
     for smoke in ("", ",smoke"):
         for step in common.STEPS:
             config = get_config(file, f"{step},seed=3{smoke}")
             assert (config.step, config.seed) == (step, 3)
             assert config.file == f"configs/{file}.py"
             to_json(config.to_dict())  # stored beside the run
-        pipeline = pipeline_of(file, tmp_path, f"cast{smoke}")
-        trained = pipeline.config["steps"]
-        for name in pipeline.config["pipeline"]:
-            assert name in trained or name.startswith("pseudo_label/")
-        for name, step in trained.items():
-            assert not step["start"] or step["start"] in trained
-            assert pipeline.train_config(name).steps == step["train"]["steps"]
-            assert pipeline.loader_config(name).view.image_size == pipeline.image_size
+        run = run_config(file, f"cast{smoke}")
+        check_settings(run, make_mesh())
+        for name, step in run.steps.items():
+            assert run.train_config(name).steps == step.train.steps
+            assert run.train_config(name).optimizer == step.optimizer
+            assert run.loader_config(name).view.image_size == run.data.image_size
     assert get_config(file).step == "cast"
 
 
@@ -115,30 +107,17 @@ def test_the_papers_hyper_parameters():
     assert steps.distill.objective.criterion.num_points == 12_544
 
 
-def segmenter_once(self: Pipeline, role: str, num_classes: int) -> Functional:
-    """Tracing a large model takes longer than tracing its loss, and does not depend on the image size."""
-    key = repr((self.config["model"][role], num_classes))
-    if key not in BUILT:
-        BUILT[key] = build_segmenter(self.config["model"][role], num_classes, self.image_size)
-    return BUILT[key]
-
-
 @pytest.mark.parametrize("file", FILES)
-def test_the_full_size_loss(file, tmp_path, monkeypatch):
+def test_the_full_size_loss(file):
     """Each trained step's loss and optimiser, traced without allocating anything."""
-    monkeypatch.setattr(Pipeline, "segmenter", segmenter_once)
-    pipeline = pipeline_of(file, tmp_path)
+    run = run_config(file)
     seen: dict[str, list[str]] = {}
-    for name, step in pipeline.config["steps"].items():
-        recipe = pipeline.recipe(name, len(CATEGORIES))
-        params = {"segmenter": recipe.segmenter.abstract()}
-        if recipe.config.contrastive_weight:
-            params["projection"] = recipe.projection.abstract()
-        train = pipeline.train_config(name)
-        assert make_optimizer(train.optimizer, params, train.steps).multipliers
-        traced = repr((step["model"], step["data"], step["objective"]))
+    for name, step in run.steps.items():
+        recipe, train = run.recipe(name, CATEGORIES), run.train_config(name)
+        assert make_optimizer(train.optimizer, recipe.abstract(), train.steps).multipliers
+        traced = repr((step.model, step.data, step.objective))
         if traced not in seen:
-            seen[traced] = trace(recipe, params, abstract_batch(pipeline.loader_config(name)))
+            seen[traced] = trace(recipe, recipe.abstract(), abstract_batch(run.loader_config(name)))
         names = seen[traced]
         assert "loss/supervised_mask" in names
         assert ("contrastive/loss" in names) == ("loss/pseudo_label" in names) == (name in ("adapt", "distill"))
@@ -184,11 +163,44 @@ def test_arguments_have_types():
             "distill.objective: unknown key lambda_pl",
         ),
         (lambda c: c["steps"]["distill"]["train"].update(epochs=3), "distill.train: unknown key epochs"),
-        (lambda c: c["steps"]["distill"]["optimizer"].update(lr=3), "train.optimizer: unknown key lr"),
+        (lambda c: c["steps"]["distill"]["optimizer"].update(lr=3), "distill.optimizer: unknown key lr"),
         (lambda c: c["steps"]["distill"]["data"].update(batch=3), "distill.data: unknown key batch"),
         (lambda c: c["data"]["view"].update(zoom=3), "data.view: unknown key zoom"),
         (lambda c: c["model"]["teacher"].update(name="sam"), r"config\.model\.teacher\.name 'sam' is unknown"),
+        (lambda c: c.update(extra=1), "config: unknown key extra"),
+        (lambda c: c.pop("steps"), "config: missing key steps"),
+        (lambda c: c.update(pipeline=()), "config.pipeline is empty"),
+        (lambda c: c.update(seed="one"), "config.seed is 'one'; it must be of type int"),
+        (lambda c: c.update(embedding_dim=0), r"config\.embedding_dim is 0; it must lie in \[1, "),
+        (lambda c: c.update(init={"tutor": ""}), r"config\.init 'tutor' is unknown; known: student, teacher"),
+        (lambda c: c["evaluate"].update(batch_size=0), r"config\.evaluate\.batch_size is 0; it must lie in \[1, "),
+        (lambda c: c["evaluate"].update(max_detections=0), r"config\.evaluate\.max_detections is 0"),
+        (lambda c: c["evaluate"].update(min_score=1.5), r"config\.evaluate\.min_score is 1\.5"),
+        (lambda c: c["evaluate"].update(overlays=-1), r"config\.evaluate\.overlays is -1"),
+        (
+            lambda c: c["evaluate"].update(step="refined"),
+            r"config\.evaluate\.step 'refined' is unknown; known: adapt, distill",
+        ),
+        (lambda c: c["pseudo_labels"].update(threshold=-0.1), r"config\.pseudo_labels\.threshold is -0\.1"),
+        (lambda c: c["pseudo_labels"].update(shard_size=0), r"config\.pseudo_labels\.shard_size is 0"),
+        (
+            lambda c: c["data"].update(labelled="many"),
+            r"config\.data\.labelled is 'many'; for kind 'cityscapes' it must",
+        ),
+        (lambda c: c["data"].update(on_unreadable="ignore"), r"config\.data\.on_unreadable 'ignore' is unknown"),
+        (lambda c: c["data"].update(image_size=(518,)), r"config\.data\.image_size is \(518,\); it must be of type"),
+        (lambda c: c["data"]["view"].update(scale=(2.0, 0.5)), r"config\.data\.view\.scale is \(2\.0, 0\.5\)"),
+        (lambda c: c["steps"]["refine"]["data"].update(view=3), r"config\.steps\.refine\.data\.view is 3"),
+        (lambda c: c["steps"]["refine"]["train"].update(steps=0), r"config\.steps\.refine\.train\.steps is 0"),
+        (lambda c: c["steps"]["refine"]["train"].update(best_metric="ap"), r"train\.best_metric 'ap' is unknown"),
+        (lambda c: c["steps"]["refine"]["objective"].update(pseudo_label_weight=1.0), "which needs pseudo_labels"),
+        (lambda c: c["steps"]["adapt"]["data"].update(batch_labelled=0), "which needs data.batch_labelled"),
+        (lambda c: c["steps"]["adapt"]["objective"].update(contrastive_stride=149), r"it must lie in \[1, 148\]"),
         (lambda c: c["data"].update(max_instances=1000), "has 100 queries, fewer than config.data.max_instances=1000"),
+        (
+            lambda c: c["model"]["teacher"].update(mask_decoder={"query_stride": 40}),
+            "config.model.teacher has 28 queries, fewer than",
+        ),
         (lambda c: c["data"].update(image_size=(512, 1024)), r"must be multiples of the model's patch size 14"),
         (lambda c: c["steps"]["distill"]["data"].update(views=("weak",)), r"distill.*strong"),
         (lambda c: c["steps"]["distill"]["objective"].update(supervised_views=()), r"distill.*supervised_views"),

@@ -11,7 +11,7 @@ import pytest
 from cast_jax.core.annotations import Category
 from cast_jax.core.errors import UserError
 from cast_jax.core.files import read_json
-from cast_jax.export import load_weights, merge_weights, save_weights, weights_hash
+from cast_jax.export import load_shapes, load_weights, merge_weights, save_weights, weights_hash
 
 CATEGORIES = (Category(24, "person"), Category(26, "car"))
 MODEL = {"model": {"name": "student_tiny", "encoder": {"depth": 2}}, "image_size": [32, 48]}
@@ -32,6 +32,9 @@ def test_round_trip(tmp_path):
     assert jax.tree.structure(loaded) == jax.tree.structure(params())
     assert model == MODEL
     assert categories == CATEGORIES
+    shapes, *rest = load_shapes(path)
+    assert rest == [model, categories]
+    assert jax.tree.map(lambda leaf: leaf.shape, shapes) == jax.tree.map(lambda leaf: leaf.shape, loaded)
     assert read_json(path.parent / "classes.json")[1] == {"id": 26, "name": "car"}
     assert weights_hash(path) == hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     before = weights_hash(path)
@@ -47,12 +50,14 @@ def test_unreadable_exports_are_named(tmp_path):
     whole = path.read_bytes()
     for content in (b"", b"no weights", whole[: len(whole) // 2]):
         path.write_bytes(content)
+        for load in (load_weights, load_shapes):
+            with pytest.raises(UserError, match=r"last\.safetensors: not a readable export"):
+                load(path)
+    path.write_bytes(whole)
+    for classes in ("{", '[{"name": "car"}]', "3"):
+        (tmp_path / "classes.json").write_text(classes)
         with pytest.raises(UserError, match=r"last\.safetensors: not a readable export"):
             load_weights(path)
-    path.write_bytes(whole)
-    (tmp_path / "classes.json").write_text("{")
-    with pytest.raises(UserError, match=r"last\.safetensors: not a readable export"):
-        load_weights(path)
     (tmp_path / "classes.json").unlink()
     with pytest.raises(UserError, match=r"classes\.json"):
         load_weights(path)

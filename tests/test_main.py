@@ -53,6 +53,10 @@ FAULTS = [
     (("--config", "configs/cityscapes.py:cast"), "config.data.root is not set"),
     ((*CONFIG, "--config.mesh.data=3"), "mesh {'data': 3, 'fsdp': 1} does not fit"),
     ((*CONFIG, "--config.runtime.debug_nan=1"), "the configuration has no 'debug_nan'. Did you mean \"debug_nans\""),
+    ((*CONFIG, "--config.pseudo_labels.threshold=1.5"), "config.pseudo_labels.threshold is 1.5; it must lie in [0, 1]"),
+    ((*CONFIG, "--workdir", "README.md"), "--workdir README.md cannot be written to (File exists); name another"),
+    ((*CONFIG, "--workdir", "README.md/run"), "--workdir README.md/run cannot be written to (Not a directory)"),
+    ((*CONFIG, "--workdir", "/proc/run"), "--workdir /proc/run cannot be written to ("),
     ((*CONFIG, "--config.model.teacher.name=sam"), "config.model.teacher.name 'sam' is unknown; known: student_s"),
 ]
 

@@ -160,6 +160,21 @@ def test_a_workdir_without_results_takes_a_mended_configuration(tmp_path, monkey
         pipeline.run(config(seed=3), tmp_path)
 
 
+def test_a_later_step_may_be_corrected_in_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.Pipeline, "run_step", lambda self, name: None)
+    pipeline.run(config(), tmp_path)
+    (tmp_path / "finetune" / "checkpoints" / "2").mkdir(parents=True)
+    corrected = config()
+    corrected["steps"]["distill"]["optimizer"]["learning_rate"] = 0.5
+    pipeline.run(corrected, tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["steps"]["distill"]["optimizer"]["learning_rate"] == 0.5
+    corrected["steps"]["finetune"]["optimizer"]["learning_rate"] = 0.5
+    with pytest.raises(UserError, match=r"config\.steps\.finetune\.optimizer\.learning_rate: 0\.002 -> 0\.5"):
+        pipeline.run(corrected, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == stored
+
+
 @pytest.mark.parametrize("text", ['{"seed":', "[1]", "3"])
 def test_a_damaged_configuration_of_a_run_is_named(text, tmp_path):
     (tmp_path / "finetune" / "exported" / "x").mkdir(parents=True)

@@ -211,6 +211,8 @@ def test_data_that_ends_and_settings_that_cannot_be_are_clear(tmp_path):
         train(Regression(), config=toy_config(3), folder=tmp_path / "toy", loader=iter(()))
     with pytest.raises(UserError, match="log_every is 0"):
         toy_config(3, log_every=0)
+    with pytest.raises(UserError, match=r"ema_decay is 1\.0; it must lie in \[0, 1\)"):
+        toy_config(3, ema_decay=1.0)
     with pytest.raises(UserError, match="ema_decay is None"):
         toy_config(3, evaluate_ema=True, ema_decay=None)
 

@@ -6,6 +6,7 @@ import dataclasses
 
 from cast_jax.contrastive.fused_map import MAPS
 from cast_jax.contrastive.samplers import SAMPLERS, number_of_slots
+from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 
 SCOPES = ("batch", "image")
@@ -46,18 +47,13 @@ class ContrastiveConfig:
     num_anchors: int | None = None
 
     def __post_init__(self) -> None:
-        known = {"map": MAPS, "score": SCORE_NAMES, "scope": SCOPES, "loss": LOSSES, "sampler": SAMPLERS}
-        for key, values in known.items():
-            if getattr(self, key) not in values:
-                raise UserError(f"contrastive.{key} = {getattr(self, key)!r} is unknown; known: {', '.join(values)}")
-        for key in ("num_negatives", "temperature", "group_size", "num_anchors"):
-            value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise UserError(f"contrastive.{key} = {value!r} must be greater than 0")
-        if self.slots is not None and (self.slots <= 0 or self.slots % 32):
-            raise UserError(f"contrastive.slots = {self.slots!r} must be a positive multiple of 32, or None")
-        if not self.margin >= 0:
-            raise UserError(f"contrastive.margin = {self.margin!r} must not be negative")
+        check_choices(self, map=MAPS, score=SCORE_NAMES, scope=SCOPES, loss=LOSSES, sampler=SAMPLERS)
+        # 65,536 is MoCo's queue, the most that the literature draws; a group's similarities then take 70 MB and more.
+        check_ranges(self, num_negatives="[1, 65536]", slots="[32, 1048576]", group_size="[1, 65536]")
+        # Similarities lie in [-1, 1]: beyond these temperatures float32 tells the logits no longer apart.
+        check_ranges(self, temperature="[0.001, 1000]", margin="[0, inf)", num_anchors="[1, inf)")
+        if self.slots is not None and self.slots % 32:
+            raise UserError(f"slots is {self.slots}; it must be a multiple of 32, or None")
 
     @property
     def sampling_score(self) -> str:

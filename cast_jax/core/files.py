@@ -10,13 +10,16 @@ from typing import Any
 
 
 def atomic_write(path: str | os.PathLike[str], data: str | bytes) -> None:
-    """Writes ``data`` to ``path`` through a synced temporary file in the same folder; makes the folder."""
+    """Writes ``data`` to ``path`` through a synced temporary file in the same folder; makes the folder.
+
+    Text is UTF-8; what it cannot hold (the bytes of a file name in another encoding) is written as ``\\udcff``.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

@@ -44,7 +44,7 @@ def setup_logging(path: Path | None = None, *, level: int = logging.INFO) -> log
     logger.addHandler(console)
     if path is not None and jax.process_index() == 0:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(path, encoding="utf-8")
+        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(file)
     return logger

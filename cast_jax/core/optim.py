@@ -7,6 +7,7 @@ parameter has no moments, and since its gradient is never asked for, XLA drops i
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from cast_jax.core.config import check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.core.rules import match_any, match_rules, named_leaves, unnamed
 
@@ -58,10 +60,17 @@ class OptimizerConfig:
     no_decay: tuple[str, ...] | None = None
     frozen: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_ranges(self, learning_rate="(0, inf)", warmup_steps="[0, inf)", milestones="[0, 1]", power="(0, inf)")
+        check_ranges(self, decay_factor="[0, inf)", weight_decay="[0, inf)", clip_norm="(0, inf)")
+        check_ranges(self, b1="[0, 1)", b2="[0, 1)", eps="(0, inf)")
+        if faulty := [rule for rule in self.learning_rate_rules if not 0 <= rule[1] < math.inf]:
+            raise UserError(f"learning_rate_rules has {faulty[0]}; its multiplier must lie in [0, inf)")
+
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
     """The learning rate of step 0, 1, ..., ``steps`` - 1. The schedule proper starts when the warmup ends."""
-    if not 0 <= config.warmup_steps < max(steps, 1):
+    if not config.warmup_steps < max(steps, 1):
         raise UserError(f"optimizer.warmup_steps is {config.warmup_steps}, but must lie in [0, steps={steps})")
     peak, length = config.learning_rate, max(steps - config.warmup_steps, 1)
     boundaries = [round(fraction * steps) - config.warmup_steps for fraction in config.milestones]
@@ -124,7 +133,11 @@ class Optimizer:
 
 
 def make_optimizer(config: OptimizerConfig, params: Any, steps: int) -> Optimizer:
-    """Resolves the rules against ``params`` (arrays or shapes). Faulty rules raise :class:`UserError`."""
+    """Resolves the rules against ``params`` (arrays or shapes).
+
+    Raises:
+      UserError: rules that do not fit the parameters, an unknown schedule, a warmup as long as the run.
+    """
     names = list(named_leaves(params))
     frozen = match_any(config.frozen, names, "optimizer.frozen")
     trained = [name for name in names if name not in frozen]

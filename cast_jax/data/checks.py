@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -61,7 +62,7 @@ def check_sources(
     on_unreadable: str = "error",
     decode_limit: int | None = 2000,
 ) -> DataReport:
-    """Checks the data of a run before it starts; see :func:`check_source`.
+    """Checks the data of a run before it starts; see :func:`check_source`. Warns of images that two sources share.
 
     Raises:
       DataError: a source without images, an unreadable image (unless skipped), or other categories in ``val`` than in
@@ -78,6 +79,7 @@ def check_sources(
         )
     }
     warnings = [text for name, report in reports.items() if report for text in _warnings(name, report, max_instances)]
+    warnings += _shared_images({name: report.source for name, report in reports.items() if report})
     for text in warnings:
         _LOG.warning(text)
     return DataReport(**reports, warnings=tuple(warnings))
@@ -148,6 +150,21 @@ def check_source(
     annotated = f", {report.instances} instances, {report.empty} images without any" if source.categories else ""
     _LOG.info(f"{name}: {total} images, {report.decoded} read in full{annotated}")
     return report
+
+
+def _shared_images(sources: Mapping[str, Source]) -> list[str]:
+    """Warnings of image files that two sources share, links followed."""
+    files = {name: {os.path.realpath(s.record(i).path) for i in range(len(s))} for name, s in sources.items()}
+    effects = {
+        ("labelled", "val"): "the evaluation will look better than it is; take them out of one",
+        ("labelled", "unlabelled"): "their pseudo-labels compete with their labels; take them out of unlabelled",
+        ("unlabelled", "val"): "training will have seen validation images; take them out of unlabelled",
+    }
+    return [
+        f"{first} and {second} share {len(shared)} images ({name_some(sorted(shared), 3)}): {effect}"
+        for (first, second), effect in effects.items()
+        if (shared := files.get(first, set()) & files.get(second, set()))
+    ]
 
 
 def _warnings(name: str, report: SourceReport, max_instances: int) -> list[str]:

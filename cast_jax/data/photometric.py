@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
+from cast_jax.core.config import check_ranges
 from cast_jax.core.errors import UserError
 
 
@@ -35,26 +36,15 @@ class PhotometricConfig:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
 
     def __post_init__(self) -> None:
-        for name in ("jitter_probability", "grayscale_probability", "blur_probability"):
-            require_probability(name, getattr(self, name))
-        for name in ("brightness", "contrast", "saturation"):
-            if getattr(self, name) < 0:
-                raise UserError(f"data.view.{name} is {getattr(self, name)}; it must be at least 0")
-        if not 0 <= self.hue <= 0.5:
-            raise UserError(f"data.view.hue is {self.hue}; it must lie in [0, 0.5]")
+        check_ranges(self, jitter_probability="[0, 1]", grayscale_probability="[0, 1]", blur_probability="[0, 1]")
+        check_ranges(self, brightness="[0, inf)", contrast="[0, inf)", saturation="[0, inf)", hue="[0, 0.5]")
         require_range("blur_sigma", self.blur_sigma)
-
-
-def require_probability(name: str, value: float) -> None:
-    """Raises :class:`UserError` unless ``value`` lies in [0, 1]."""
-    if not 0 <= value <= 1:
-        raise UserError(f"data.view.{name} is {value}; it is a probability and must lie in [0, 1]")
 
 
 def require_range(name: str, value: tuple[float, float]) -> None:
     """Raises :class:`UserError` unless ``value`` is (low, high) with 0 < low <= high."""
-    if len(value) != 2 or not 0 < value[0] <= value[1]:
-        raise UserError(f"data.view.{name} is {value}; it must be (low, high) with 0 < low <= high")
+    if len(value) != 2 or not 0 < value[0] <= value[1] < math.inf:
+        raise UserError(f"{name} is {value}; it must be (low, high) with 0 < low <= high")
 
 
 def distort(

@@ -20,6 +20,7 @@ import numpy as np
 from absl import flags
 
 from cast_jax.core.annotations import Instances
+from cast_jax.core.config import check_ranges
 from cast_jax.core.errors import DataError, UserError
 from cast_jax.data.sources.base import Source
 from cast_jax.data.views import VIEW_NAMES, Group, ViewConfig, eval_view, make_views
@@ -57,14 +58,12 @@ class LoaderConfig:
     process_count: int = 1
 
     def __post_init__(self) -> None:
-        least = {"batch_unlabelled": 0, "num_threads": 1, "num_workers": 0, "prefetch": 1, "seed": 0}
-        for name, low in {"batch_labelled": 0, **least}.items():
-            if getattr(self, name) < low:
-                raise UserError(f"data.{name} is {getattr(self, name)}; it must be at least {low}")
+        check_ranges(self, batch_labelled="[0, 65536]", batch_unlabelled="[0, 65536]", seed="[0, inf)")
+        check_ranges(self, num_threads="[1, 1024]", num_workers="[0, 1024]", prefetch="[1, 1024]")
         if self.batch_labelled + self.batch_unlabelled == 0:
-            raise UserError("data.batch_labelled and data.batch_unlabelled are both 0: a batch needs an image")
+            raise UserError("batch_labelled and batch_unlabelled are both 0: a batch needs an image")
         if not self.views or not set(self.views) <= set(VIEW_NAMES):
-            raise UserError(f"data.views is {self.views}; choose one or both of {VIEW_NAMES}")
+            raise UserError(f"views is {self.views}; choose one or both of {VIEW_NAMES}")
         if not 0 <= self.process_index < self.process_count:
             raise UserError(f"process_index {self.process_index} is not below process_count {self.process_count}")
 

@@ -73,7 +73,7 @@ class PseudoLabelWriter:
             "threshold": float(threshold),
             "shard_size": int(shard_size),
             "images": len(source),
-            "images_hash": hashlib.sha256("\n".join(names).encode()).hexdigest()[:16],
+            "images_hash": hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).hexdigest()[:16],
             "categories": [dataclasses.asdict(category) for category in self.categories],
         }
         path = self.folder / MANIFEST

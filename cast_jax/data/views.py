@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from cast_jax.core.annotations import Instances, pack_masks
+from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
-from cast_jax.data.photometric import PhotometricConfig, distort, require_probability, require_range
+from cast_jax.data.photometric import PhotometricConfig, distort, require_range
 from cast_jax.data.resample import (
     PixelBox,
     mask_region,
@@ -65,22 +66,18 @@ class ViewConfig(PhotometricConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.image_size) != 2 or min(self.image_size) < 1:
-            raise UserError(f"data.view.image_size is {self.image_size}; it must be (height, width) in pixels")
-        for name in ("max_instances", "min_area"):
-            if getattr(self, name) < 1:
-                raise UserError(f"data.view.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.fit not in ("inside", "cover"):
-            raise UserError(f"data.view.fit is {self.fit!r}; choose 'inside' or 'cover'")
-        require_probability("flip_horizontal", self.flip_horizontal)
-        require_probability("flip_vertical", self.flip_vertical)
+        if len(self.image_size) != 2:
+            raise UserError(f"image_size is {self.image_size}; it must be (height, width) in pixels")
+        check_ranges(self, image_size="[1, 32767)", max_instances="[1, inf)", min_area="[1, inf)")  # OpenCV's limit
+        check_ranges(self, flip_horizontal="[0, 1]", flip_vertical="[0, 1]")
+        check_choices(self, fit=("inside", "cover"))
         require_range("scale", self.scale)
         require_range("crop_ratio", self.crop_ratio)
         require_range("crop_area", self.crop_area)
         if self.crop_area[1] > 1:
-            raise UserError(f"data.view.crop_area is {self.crop_area}; a crop cannot show more than the share 1")
+            raise UserError(f"crop_area is {self.crop_area}; a crop cannot show more than the share 1")
         if not self.crop_ratio[0] <= 1 <= self.crop_ratio[1]:
-            raise UserError(f"data.view.crop_ratio is {self.crop_ratio}; the range must contain 1, the canvas's ratio")
+            raise UserError(f"crop_ratio is {self.crop_ratio}; the range must contain 1, the canvas's ratio")
 
 
 def make_views(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from cast_jax.core.config import check_ranges
 from cast_jax.core.geometry import bilinear_sample
 from cast_jax.losses.matching import match_all
 
@@ -38,6 +39,12 @@ class CriterionConfig:
     num_points: int | None = 12_544
     oversample: float = 3.0
     importance: float = 0.75
+
+    def __post_init__(self) -> None:
+        weights = ("class_weight", "mask_weight", "dice_weight", "no_object_weight")
+        check_ranges(self, **dict.fromkeys(weights, "[0, inf)"), importance="[0, 1]")
+        # At most the pixels of a mask of 1024 x 1024; each point costs memory for every query, instance and layer.
+        check_ranges(self, num_points="[1, 1048576]", oversample="[1, 16]")
 
 
 @jax.tree_util.register_dataclass

@@ -21,12 +21,12 @@ class Functional:
 
     def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
         """``build`` makes the module from its random streams; it must hold no state but parameters."""
-        self._build = build
+        self._init = jax.jit(lambda key: _to_tree(nnx.split(build(nnx.Rngs(params=key)))[1]))
         self.graphdef, self._state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
 
     def init(self, key: PRNGKeyArray) -> Params:
         """Fresh float32 parameters, compiled as one program."""
-        return jax.jit(lambda key: _to_tree(nnx.split(self._build(nnx.Rngs(params=key)))[1]))(key)
+        return self._init(key)
 
     def abstract(self) -> Params:
         """Shapes and dtypes of the parameters, without allocating any."""

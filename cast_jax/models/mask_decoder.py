@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from cast_jax.core.config import check_ranges
+from cast_jax.core.errors import UserError
 from cast_jax.core.geometry import bilinear_sample, pixel_centres
 
 
@@ -41,6 +43,13 @@ class MaskDecoderConfig:
     query_stride: int = 0
     num_levels: int = 3
     dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        sizes = ("hidden_dim", "mask_dim", "num_heads", "ffn_dim", "num_layers", "num_queries")
+        check_ranges(self, **dict.fromkeys(sizes, "[1, 65536]"), query_stride="[0, 65536]", num_levels="[1, 3]")
+        check_ranges(self, dropout="[0, 1)")
+        if self.hidden_dim % self.num_heads or self.hidden_dim % 4:  # sines and cosines of y and x
+            raise UserError(f"hidden_dim {self.hidden_dim} must be a multiple of 4 and of num_heads {self.num_heads}")
 
 
 def encode_positions(positions: Float[Array, "points 2"], dim: int, longest: float) -> Float[Array, "points dim"]:

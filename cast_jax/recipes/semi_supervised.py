@@ -16,8 +16,10 @@ from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.contrastive.correspondence import correspond
 from cast_jax.contrastive.fused_map import pseudo_probability
 from cast_jax.contrastive.loss import contrastive_loss
+from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.core.geometry import pixel_centres, unpack_masks
+from cast_jax.data.views import VIEW_NAMES
 from cast_jax.losses.set_criterion import CriterionConfig, set_criterion
 from cast_jax.models.functional import Functional, Params
 from cast_jax.models.segmenter import Prediction
@@ -45,6 +47,13 @@ class ObjectiveConfig:
     contrastive_stride: int = 1
     criterion: CriterionConfig = dataclasses.field(default_factory=CriterionConfig)
     contrastive: ContrastiveConfig = dataclasses.field(default_factory=ContrastiveConfig)
+
+    def __post_init__(self) -> None:
+        weights = ("supervised_weight", "pseudo_label_weight", "contrastive_weight")
+        check_ranges(self, **dict.fromkeys(weights, "[0, inf)"), contrastive_stride="[1, inf)")
+        check_choices(self, supervised_views=VIEW_NAMES, pseudo_label_views=VIEW_NAMES)
+        if not any(getattr(self, weight) for weight in weights):
+            raise UserError(f"{', '.join(weights)} are all 0: nothing would be learned; set one of them above 0")
 
     def check_views(self, views: Sequence[str], where: str) -> None:
         """Raises :class:`UserError` if a term that is on finds none of its views among those of the batches."""
@@ -75,11 +84,16 @@ class SemiSupervised:
 
     def init(self, key: PRNGKeyArray) -> Params:
         """Fresh ``{"segmenter": ..., "projection": ...}``; the projection only where it is trained."""
-        segmenter_key, projection_key = jax.random.split(key)
-        params = {"segmenter": self.segmenter.init(segmenter_key)}
-        if self.config.contrastive_weight:
-            params["projection"] = self.projection.init(projection_key)
-        return params
+        keys = jax.random.split(key)
+        return {name: part.init(keys[position]) for position, (name, part) in enumerate(self._parts())}
+
+    def abstract(self) -> Params:
+        """Shapes and dtypes of :meth:`init`'s parameters."""
+        return {name: part.abstract() for name, part in self._parts()}
+
+    def _parts(self) -> list[tuple[str, Functional]]:
+        projection = [("projection", self.projection)] if self.config.contrastive_weight else []
+        return [("segmenter", self.segmenter), *projection]
 
     def loss_fn(self, params: Params, frozen: Params, batch: Batch, key: PRNGKeyArray) -> tuple[Array, Metrics]:
         """One forward pass over all views of all images, then the three terms.
@@ -113,7 +127,7 @@ class SemiSupervised:
         return loss, metrics | {"loss/total": (loss, jnp.ones(()))}
 
     def _forward(self, params: Params, batch: Batch, key: PRNGKeyArray) -> dict[str, dict[str, Prediction]]:
-        names = [(group, view) for group in sorted(batch) for view in ("weak", "strong") if view in batch[group]]
+        names = [(group, view) for group in sorted(batch) for view in VIEW_NAMES if view in batch[group]]
         images = [view_images(batch[group][view]) for group, view in names]
         prediction = self.segmenter.apply(params, jnp.concatenate(images), key=key)
         result: dict[str, dict[str, Prediction]] = {group: {} for group in batch}

@@ -250,15 +250,18 @@ def test_what_is_kept_for_the_gradient_does_not_grow_with_the_number_of_groups()
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"map": "fused"}, "contrastive.map.*fusion, mask, class, uniform"),
-        ({"score": "uniform"}, "contrastive.score.*d, d_squared, d_sqrt"),
-        ({"scope": "world"}, "contrastive.scope.*batch, image"),
-        ({"loss": "triplet"}, "contrastive.loss.*infonce, hinge"),
-        ({"sampler": "gumbel"}, "contrastive.sampler.*mixture_proposals, inverse_cdf, categorical"),
-        ({"temperature": 0.0}, "contrastive.temperature.*greater than 0"),
-        ({"num_anchors": 0}, "contrastive.num_anchors.*greater than 0"),
-        ({"slots": 100}, "contrastive.slots.*multiple of 32"),
-        ({"margin": -1.0}, "contrastive.margin.*negative"),
+        ({"map": "fused"}, "^map.*fusion, mask, class, uniform"),
+        ({"score": "uniform"}, "^score.*d, d_squared, d_sqrt"),
+        ({"scope": "world"}, "^scope.*batch, image"),
+        ({"loss": "triplet"}, "^loss.*infonce, hinge"),
+        ({"sampler": "gumbel"}, "^sampler.*mixture_proposals, inverse_cdf, categorical"),
+        ({"temperature": 0.0}, r"^temperature is 0\.0; it must lie in \[0\.001, 1000\]"),
+        ({"num_anchors": 0}, r"^num_anchors is 0; it must lie in \[1, inf\)"),
+        ({"slots": 100}, "^slots.*multiple of 32"),
+        ({"temperature": float("nan")}, "^temperature is nan"),
+        ({"num_negatives": 10**11}, r"^num_negatives is 100000000000; it must lie in \[1, 65536\]"),
+        ({"num_negatives": 0}, "^num_negatives is 0"),
+        ({"margin": -1.0}, r"^margin is -1\.0"),
     ],
 )
 def test_bad_options_are_named(options, message):

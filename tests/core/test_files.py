@@ -20,6 +20,11 @@ def test_text_bytes_and_folders(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 
+def test_what_utf8_cannot_hold_is_written_as_its_number(tmp_path):
+    atomic_write(tmp_path / "file.txt", os.fsdecode(b"caf\xe9") + "\ud800\n")
+    assert (tmp_path / "file.txt").read_text(encoding="utf-8") == "caf\\udce9\\ud800\n"
+
+
 @pytest.mark.parametrize("call", ["fsync", "replace", "chmod"])
 def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch, call):
     path = tmp_path / "file.txt"

@@ -55,6 +55,25 @@ def test_faulty_schedules_raise():
         make_schedule(OptimizerConfig(warmup_steps=10), 10)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0.0}, r"learning_rate is 0\.0; it must lie in \(0, inf\)"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"weight_decay": float("inf")}, "weight_decay is inf"),
+        ({"clip_norm": 0.0}, "clip_norm is 0.0"),
+        ({"milestones": (0.5, 1.5)}, r"milestones is \(0\.5, 1\.5\); it must lie in \[0, 1\]"),
+        ({"b2": 1.0}, "b2 is 1.0"),
+        ({"warmup_steps": -1}, "warmup_steps is -1"),
+        ({"learning_rate_rules": ((".*", -1.0),)}, r"learning_rate_rules has \('\.\*', -1\.0\)"),
+    ],
+)
+def test_numbers_out_of_range_are_named(changes, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        OptimizerConfig(**changes)
+
+
 def test_updates_are_those_of_torch_adamw_with_groups_and_clipping():
     config = OptimizerConfig(
         learning_rate=0.1,

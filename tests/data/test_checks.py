@@ -13,6 +13,7 @@ from cast_jax.core.errors import DataError
 from cast_jax.data.checks import check_source, check_sources
 from cast_jax.data.sources.coco import Coco
 from cast_jax.data.sources.folder import ImageFolder
+from cast_jax.data.sources.subset import Subset
 
 _NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
@@ -141,3 +142,19 @@ def test_a_set_without_instances_is_a_warning(tmp_path):
 def test_an_unknown_choice_is_refused(tmp_path):
     with pytest.raises(DataError, match="known values: error, skip"):
         check_source("unlabelled", _folder(tmp_path / "pool", 1), 5, on_unreadable="ignore")
+
+
+def test_images_of_two_sets_are_a_warning(tmp_path, caplog):
+    labelled = _coco(tmp_path, "labelled", [1, 1, 1])
+    pool = _folder(tmp_path / "pool", 3)
+    assert check_sources(labelled, pool, _coco(tmp_path, "val", [1]), 5).warnings == ()
+    pool.record(0).path.unlink()
+    pool.record(0).path.symlink_to(labelled.record(2).path)
+    warnings = check_sources(labelled, pool, Subset(labelled, [1, 2]), 5).warnings
+    assert [text.partition(" images ")[0] for text in warnings] == [
+        "labelled and val share 2",
+        "labelled and unlabelled share 1",
+        "unlabelled and val share 1",
+    ]
+    assert str(labelled.record(2).path) in warnings[1]
+    assert warnings[1] in caplog.text

@@ -208,10 +208,11 @@ def test_missing_images_are_refused_before_the_first_batch():
     ("changes", "message"),
     [
         ({"batch_labelled": 0}, "both 0"),
-        ({"batch_unlabelled": -1}, r"data\.batch_unlabelled is -1"),
-        ({"num_threads": 0}, r"data\.num_threads"),
-        ({"prefetch": 0}, r"data\.prefetch"),
-        ({"views": ("medium",)}, r"data\.views"),
+        ({"batch_unlabelled": -1}, r"^batch_unlabelled is -1"),
+        ({"num_threads": 0}, r"^num_threads"),
+        ({"batch_labelled": 10**9}, r"^batch_labelled is 1000000000; it must lie in \[0, 65536\]"),
+        ({"prefetch": 0}, r"^prefetch"),
+        ({"views": ("medium",)}, r"^views"),
         ({"process_index": 2, "process_count": 2}, "process_index 2"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 
 import numpy as np
@@ -233,3 +234,16 @@ def test_images_without_labels_other_categories_and_other_sizes(tmp_path, images
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(images.record(0).path)
     with pytest.raises(DataError, match=r"a\.png: is \(8, 8\).*\(4, 6\)"):
         PseudoLabelled(first, store, _CATEGORIES).instances(0)
+
+
+def test_file_names_need_not_be_utf8(tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in (b"caf\xe9.png", b"caf\xe8.png"):
+        with open(os.fsencode(tmp_path / "images") + b"/" + name, "wb") as file:
+            Image.fromarray(np.zeros((*_SIZE, 3), np.uint8)).save(file, "png")
+    images = ImageFolder(tmp_path / "images")
+    writer = _writer(tmp_path / "store", images)
+    writer.write_shard(0, [_found(0.9), _found(0.9, 0.9)])
+    assert writer.finish()["instances"] == 3
+    labelled = PseudoLabelled(images, PseudoLabels.open(tmp_path / "store"), _CATEGORIES)
+    assert [len(labelled.instances(index).labels) for index in range(2)] == [1, 2]

@@ -342,10 +342,13 @@ def test_a_mask_of_the_eval_view_returns_to_its_place(size):
         ("blur_sigma", (0.0, 1.0)),
         ("max_instances", 0),
         ("image_size", (0, 5)),
+        ("image_size", (5, 10**6)),
+        ("scale", (0.5, float("inf"))),
+        ("crop_area", (float("nan"), 1.0)),
     ],
 )
 def test_wrong_numbers_are_named(field, value):
-    with pytest.raises(UserError, match=rf"data\.view\.{field}"):
+    with pytest.raises(UserError, match=rf"^{field} "):
         ViewConfig(**{"image_size": (32, 32), "max_instances": 3, field: value})
 
 

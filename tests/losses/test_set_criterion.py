@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
+from cast_jax.core.errors import UserError
 from cast_jax.losses.set_criterion import CriterionConfig, Targets, _uncertain_points, set_criterion
 
 LAYERS, BATCH, QUERIES, INSTANCES, CLASSES, SIDE = 2, 2, 5, 3, 3, 8
@@ -283,3 +284,18 @@ def test_points_crowd_where_the_mask_is_uncertain():
     # A uniform point lies there in an eighth of all cases: so do about 48 of 384 candidates, which are all taken.
     assert (unsure > 0.55).all()
     assert np.ptp(points[..., 0]) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask_weight": -1.0}, "mask_weight is -1.0"),
+        ({"num_points": 0}, r"num_points is 0; it must lie in \[1, 1048576\]"),
+        ({"num_points": 10**11}, "num_points is 100000000000"),
+        ({"oversample": 0.5}, "oversample is 0.5"),
+        ({"importance": 1.5}, "importance is 1.5"),
+    ],
+)
+def test_numbers_out_of_range_are_named(options, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        CriterionConfig(**options)

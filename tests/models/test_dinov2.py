@@ -227,5 +227,5 @@ def test_bad_input_is_named():
         small()(images(8, 8), layers=(3,))
     with pytest.raises(ValueError, match="multiple of num_heads"):
         DinoV2Config(embed_dim=10, depth=1, num_heads=3)
-    with pytest.raises(ValueError, match="ffn must be"):
+    with pytest.raises(ValueError, match="ffn 'relu' is unknown; known: mlp, swiglu"):
         tiny(ffn="relu")

@@ -148,7 +148,7 @@ def test_bfloat16():
 
 
 def test_bad_configs_are_named():
-    with pytest.raises(ValueError, match="finest_scale must be 4 or 8, got 2"):
+    with pytest.raises(ValueError, match="finest_scale 2 is unknown; known: 4, 8"):
         DptConfig(finest_scale=2)
     with pytest.raises(ValueError, match="four widths"):
         DptConfig(out_channels=(1, 2, 3))

@@ -31,17 +31,33 @@ def test_single_changes():
     [
         ({"name": "student_xl"}, r"model\.name 'student_xl' is unknown; known: student_s, student_l"),
         ({}, r"model\.name None is unknown"),
-        ({"name": "student_s", "neck": {}}, r"model\.neck is unknown; known: encoder, decoder, mask_decoder"),
-        ({"name": "student_s", "patch_size": 14}, r"model\.patch_size is unknown"),
+        ({"name": "student_s", "neck": {}}, "model: unknown key neck; known: encoder, decoder, mask_decoder"),
+        ({"name": "student_s", "patch_size": 14}, "model: unknown key patch_size"),
         ({"name": "student_s", "encoder": {"width": 3}}, r"model\.encoder: unknown key width; known: embed_dim, depth"),
         ({"name": "student_s", "encoder": 3}, r"model\.encoder is 3"),
         ({"name": "student_s", "encoder_layers": {"a": 1}}, r"model\.encoder_layers is {'a': 1}"),
-        ({"name": "student_s", "encoder": {"embed_dim": 383}}, r"model\.encoder: embed_dim 383 must be a multiple"),
+        ({"name": "student_s", "encoder": {"embed_dim": 383}}, r"model\.encoder\.embed_dim 383 must be a multiple"),
+        ({"name": "student_s", "encoder": {"depth": 0}}, r"model\.encoder\.depth is 0; it must lie in \[1, "),
+        ({"name": "student_s", "encoder": {"depth": "12"}}, r"model\.encoder\.depth is '12'; it must be of type int"),
+        ({"name": "student_s", "encoder": {"depth": 6}}, r"encoder_layers is \(2, 5, 8, 11\); it must lie in \[0, 6\)"),
+        ({"name": "student_s", "encoder": {"num_heads": 0}}, r"model\.encoder\.num_heads is 0"),
+        ({"name": "student_s", "encoder": {"dropout": 1.0}}, r"model\.encoder\.dropout is 1\.0"),
+        ({"name": "student_s", "decoder": {"features": -8}}, r"model\.decoder\.features is -8"),
+        ({"name": "student_s", "decoder": {"out_channels": (8, 8)}}, r"model\.decoder\.out_channels is \(8, 8\)"),
+        ({"name": "student_s", "mask_decoder": {"num_heads": 7}}, r"mask_decoder\.hidden_dim 384 must be a multiple"),
+        ({"name": "student_s", "mask_decoder": {"hidden_dim": 6, "num_heads": 2}}, "hidden_dim 6 must be a multiple"),
+        ({"name": "student_s", "mask_decoder": {"num_levels": 4}}, r"num_levels is 4; it must lie in \[1, 3\]"),
     ],
 )
 def test_what_is_unknown_is_named(spec, message):
     with pytest.raises(UserError, match=message):
         segmenter_config(spec)
+
+
+def test_one_model_is_described_once():
+    build = lambda classes, size: build_segmenter({"name": "student_tiny"}, classes, size)
+    assert build(3, (64, 64)) is build(3, (32, 128))
+    assert build(3, (64, 64)) is not build(4, (64, 64))
 
 
 def test_image_sides_are_multiples_of_the_patch():

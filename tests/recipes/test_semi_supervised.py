@@ -159,3 +159,27 @@ def test_instance_map_by_hand():
     ignore[0, 1, 6] = ignore[0, 3, 2] = True
     view["ignore"] = jnp.asarray(pack_masks(ignore))
     assert instance_map(view, (2, 2)).tolist() == [[1, -1, -1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pseudo_label_weight": -1.0}, r"pseudo_label_weight is -1\.0; it must lie in \[0, inf\)"),
+        ({"contrastive_weight": float("nan")}, "contrastive_weight is nan"),
+        ({"supervised_weight": float("inf")}, "supervised_weight is inf"),
+        ({"contrastive_stride": 0}, "contrastive_stride is 0"),
+        ({"supervised_views": ("week",)}, "supervised_views 'week' is unknown; known: weak, strong"),
+        ({"supervised_weight": 0.0}, "supervised_weight, .* are all 0"),
+    ],
+)
+def test_faulty_objectives_are_named(options, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        ObjectiveConfig(**options)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_abstract_parameters_are_those_of_init(weight):
+    found = recipe(contrastive_weight=weight)
+    described = lambda tree: {name: (leaf.shape, leaf.dtype) for name, leaf in named_leaves(tree).items()}
+    assert described(found.abstract()) == described(jax.eval_shape(found.init, KEY))
+    assert ("projection" in found.abstract()) == bool(weight)

@@ -1,0 +1,275 @@
+"""What can be wrong with a run, found before its first step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from cast_jax.core.annotations import Category
+from cast_jax.core.config import differences, to_json
+from cast_jax.core.errors import MissingStepError, UserError
+from cast_jax.core.files import read_json
+from cast_jax.core.optim import make_optimizer
+from cast_jax.core.sharding import check_batch_size, param_shardings
+from cast_jax.data.datasets import Datasets
+from cast_jax.export import load_shapes, merge_weights
+from cast_jax.models.functional import Params
+from cast_jax.models.registry import check_image_size, segmenter_config
+from cast_jax.models.student import StudentConfig
+from cast_jax.settings import RunConfig
+from cast_jax.trainer import finished
+
+# Where the results of `:pseudo_label` and `:evaluate` come from when no step is named: the first that is there.
+TEACHERS = {"adapted": "adapt", "finetuned": "finetune"}
+EVALUATED = ("refine", "distill", "student_supervised", "adapt", "finetune", "pretrain")
+METRICS = ("mask_ap", "mask_ap50", "mask_ap75")
+
+
+def make_workdir(workdir: Path) -> None:
+    """Makes the folder of a run.
+
+    Raises:
+      UserError: it cannot be made, or not be written to.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=workdir).close()
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be written to ({error.strerror}); name another folder") from error
+
+
+def require_same(config: Mapping[str, Any], workdir: Path) -> None:
+    """Refuses a workdir with results of another configuration; steps that have not begun may have changed.
+
+    Raises:
+      UserError: listing the differences.
+    """
+    path = workdir / "config.json"
+    patterns = ("*/checkpoints/*", "*/exported/*", "pseudo_labels/*")
+    begun = {found.relative_to(workdir).parts[0] for pattern in patterns for found in workdir.glob(pattern)}
+    if not path.exists() or not begun:
+        return
+    try:
+        stored = _settled(read_json(path), begun)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: is not the configuration of a run ({error}); use another --workdir") from error
+    if lines := differences(stored, _settled(to_json(config), begun)):
+        listed = "\n  ".join(lines[:20])
+        raise UserError(
+            f"{workdir} was made with another configuration; use another --workdir. It differs in\n  {listed}"
+        )
+
+
+def _settled(config: Mapping[str, Any], begun: set[str]) -> dict[str, Any]:
+    """What results depend on: not the step that is asked for, the machine, and what is only looked at."""
+    free = ("step", "file", "runtime", "mesh", "evaluate")
+    steps = {name: step for name, step in config["steps"].items() if name in begun}
+    return {key: value for key, value in config.items() if key not in free} | {"steps": steps}
+
+
+def check_settings(run: RunConfig, mesh: Mesh) -> None:
+    """Everything that can be wrong with the configuration by itself.
+
+    Raises:
+      UserError: naming the key and what it may be.
+    """
+    _check_names(run)
+    for role, spec in run.model.items():
+        model = segmenter_config(spec, f"config.model.{role}")
+        check_image_size(model, run.data.image_size)
+        if (queries := _queries(model, run.data.image_size)) < run.data.max_instances:
+            raise UserError(
+                f"config.model.{role} has {queries} queries, fewer than "
+                f"config.data.max_instances={run.data.max_instances}"
+            )
+    for name in run.steps:
+        with _at(f"config.steps.{name}"):
+            _check_step(run, name, mesh)
+
+
+def _check_names(run: RunConfig) -> None:
+    """Everything by which one part of the configuration names another."""
+    steps = tuple(run.steps)
+    teachers = tuple(which for which, step in TEACHERS.items() if step in steps)
+    labelling = ("pseudo_label", *(f"pseudo_label/{which}" for which in teachers)) if teachers else ()
+    runnable = (*steps, *labelling, "evaluate")
+    choices: list[tuple[str, Any, tuple[Any, ...]]] = [("config.step", run.step, ("cast", *runnable))]
+    choices += [("config.pipeline", name, runnable) for name in run.pipeline]
+    choices += [("config.evaluate.step", run.evaluate.step, ("", *steps))]
+    choices += [("config.init", role, tuple(run.model)) for role in run.init]
+    for name, step in run.steps.items():
+        where = f"config.steps.{name}"
+        choices.append((f"{where}.model", step.model, tuple(run.model)))
+        choices.append((f"{where}.source", step.source, ("labelled", "pretrain")))
+        choices.append((f"{where}.start", step.start, ("", *steps)))
+        choices.append((f"{where}.pseudo_labels", step.pseudo_labels, ("", *teachers)))
+        choices.append((f"{where}.train.best_metric", step.train.best_metric, (None, *METRICS)))
+    for key, value, known in choices:
+        if value not in known:
+            raise UserError(f"{key} {value!r} is unknown; known: {', '.join(filter(None, known))}")
+    for role, given in run.init.items():
+        if given and not weights_file(given).exists():
+            raise UserError(f"config.init.{role}: no weights at {weights_file(given)}")
+
+
+def _check_step(run: RunConfig, name: str, mesh: Mesh) -> None:
+    """One step's terms, views and batches."""
+    step, loader = run.steps[name], run.loader_config(name)
+    objective, model = step.objective, segmenter_config(run.model[step.model])
+    objective.check_views(loader.views, f"config.steps.{name}")
+    for size in (loader.batch_labelled, loader.batch_unlabelled):
+        check_batch_size(size, mesh.size)
+    if objective.pseudo_label_weight and not (step.pseudo_labels and loader.batch_unlabelled):
+        raise UserError(
+            "objective.pseudo_label_weight is on, which needs pseudo_labels ('finetuned' or 'adapted') and "
+            "data.batch_unlabelled of at least 1"
+        )
+    if objective.supervised_weight and not loader.batch_labelled:
+        raise UserError("objective.supervised_weight is on, which needs data.batch_labelled of at least 1")
+    side = round(min(run.data.image_size) * model.pixel_map_scale)
+    if objective.contrastive_weight and objective.contrastive_stride > side:
+        raise UserError(f"objective.contrastive_stride is {objective.contrastive_stride}; it must lie in [1, {side}]")
+
+
+def _queries(model: StudentConfig, image_size: tuple[int, int]) -> int:
+    decoder = model.mask_decoder
+    if not decoder.query_stride:
+        return decoder.num_queries
+    return math.prod(max(round(side * model.pixel_map_scale / decoder.query_stride), 1) for side in image_size)
+
+
+def check_order(run: RunConfig, workdir: Path) -> None:
+    """Every step to run must find what it needs: in the workdir, or from a step before it.
+
+    Raises:
+      MissingStepError: with the command that makes what is missing.
+    """
+    done: set[str] = set()
+
+    def made(name: str) -> bool:
+        return name in done or result(workdir, name).exists()
+
+    for name in run.order:
+        finished_already = name in run.steps and made(name)
+        for wanted in () if finished_already else _needs(run, name):
+            if not any(map(made, wanted)):
+                missing = wanted[-1]
+                teacher = TEACHERS.get(missing.removeprefix("pseudo_label/"), missing)
+                missing = missing if made(teacher) else teacher
+                command = f"{run.file}:{missing.partition('/')[0]} --workdir {workdir}"
+                raise MissingStepError(
+                    f"step {name!r} needs the result of {missing!r}, which is not in {workdir}; make it with\n"
+                    f"  python -m cast_jax.main --config {command}"
+                )
+        if name == "pseudo_label":  # by the latest teacher
+            name = next(f"{name}/{which}" for which, teacher in TEACHERS.items() if made(teacher))
+        done.add(name)
+
+
+def _needs(run: RunConfig, name: str) -> list[tuple[str, ...]]:
+    """Of each tuple, a step needs the result of one."""
+    if name == "evaluate":
+        return [evaluated(run)]
+    if name.startswith("pseudo_label"):
+        which = name.partition("/")[2]
+        return [(TEACHERS[which],) if which else tuple(step for step in TEACHERS.values() if step in run.steps)]
+    step = run.steps[name]
+    labels = f"pseudo_label/{step.pseudo_labels}" if step.pseudo_labels else ""
+    return [(needed,) for needed in (step.start, labels) if needed]
+
+
+def evaluated(run: RunConfig) -> tuple[str, ...]:
+    """The steps that ``:evaluate`` may look at; it takes the first that is there."""
+    if run.evaluate.step:
+        return (run.evaluate.step,)
+    return tuple(step for step in EVALUATED if step in run.steps) or tuple(run.steps)
+
+
+def check_images(run: RunConfig, datasets: Datasets) -> None:
+    """Every step to run must find the kind of images that it trains on.
+
+    Raises:
+      UserError: naming the step.
+    """
+    for name in run.order:
+        if name in run.steps and run.steps[name].source == "pretrain" and datasets.pretrain is None:
+            raise UserError(
+                f"config.steps.{name}.source is 'pretrain', but data of kind {run.data.kind!r} has no images for "
+                "pretraining; use 'labelled'"
+            )
+
+
+def check_parameters(run: RunConfig, categories: Sequence[Category], mesh: Mesh, workdir: Path) -> None:
+    """Every rule over parameter names, and the weights that the steps to run start from, against the models' shapes.
+
+    Raises:
+      UserError: listing what does not fit.
+    """
+    shapes = {}
+    for name in run.steps:
+        train, shapes[name] = run.train_config(name), run.recipe(name, categories).abstract()
+        with _at(f"config.steps.{name}"):
+            make_optimizer(train.optimizer, shapes[name], train.steps)
+            param_shardings(shapes[name], mesh, train.sharding_rules)
+    for name in run.order:
+        if name in run.steps and not finished(workdir / name):
+            _check_start(run, name, shapes, categories, workdir)
+
+
+def _check_start(
+    run: RunConfig, name: str, shapes: Mapping[str, Params], categories: Sequence[Category], workdir: Path
+) -> None:
+    step = run.steps[name]
+    where, path = starting_weights(run, name, workdir)
+    if path is None:
+        return
+    if step.start and not path.exists():
+        given = shapes[step.start]["segmenter"]
+    else:
+        given, _, known = load_shapes(path)
+        head = not step.start_parts or any(part.split("/")[0] == "mask_decoder" for part in step.start_parts)
+        if head and known and known != tuple(categories):
+            listed = lambda classes: ", ".join(f"{category.id} {category.name}" for category in classes)
+            raise UserError(
+                f"{where}: {path} is of other classes ({listed(known)}) than the labelled images "
+                f"({listed(categories)}); leave its class head out with config.steps.{name}.start_parts=('encoder',)"
+            )
+    merge_weights(shapes[name]["segmenter"], given, step.start_parts, f"{where}: {path}")
+
+
+def starting_weights(run: RunConfig, name: str, workdir: Path) -> tuple[str, Path | None]:
+    """The key that names what a step starts from, and the file: the step in ``start``, else ``config.init``."""
+    step = run.steps[name]
+    if step.start:
+        return f"config.steps.{name}.start", result(workdir, step.start)
+    given = run.init.get(step.model)
+    return f"config.init.{step.model}", weights_file(given) if given else None
+
+
+def weights_file(given: str) -> Path:
+    """The file that ``config.init`` names: itself, or the one in a folder of converted weights."""
+    return Path(given) if given.endswith(".safetensors") else Path(given) / "model.safetensors"
+
+
+def result(workdir: Path, name: str) -> Path:
+    """What a finished step leaves last: its weights, or the statistics of its pseudo-labels."""
+    if name.startswith("pseudo_label/"):
+        return workdir / "pseudo_labels" / name.partition("/")[2] / "stats.json"
+    return workdir / name / "exported" / "last.safetensors"
+
+
+@contextlib.contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Says where in the configuration an error lies, unless it says so itself."""
+    try:
+        yield
+    except UserError as error:
+        if str(error).startswith("config."):
+            raise
+        raise UserError(f"{where}: {error}") from error

@@ -1,0 +1,202 @@
+"""A run's configuration as typed settings, and what a step is made of by them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cast_jax.core.annotations import Category
+from cast_jax.core.config import build, check_choices, check_ranges
+from cast_jax.core.errors import UserError
+from cast_jax.core.optim import OptimizerConfig
+from cast_jax.core.runtime import compute_dtype
+from cast_jax.data.pipeline import LoaderConfig
+from cast_jax.data.views import ViewConfig
+from cast_jax.evaluation.class_names import class_names
+from cast_jax.models.functional import Functional
+from cast_jax.models.registry import build_segmenter, segmenter_config
+from cast_jax.models.student import ProjectionHead
+from cast_jax.recipes.semi_supervised import ObjectiveConfig, SemiSupervised
+from cast_jax.trainer import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratedConfig:
+    """Scenes to paint: how many of each kind, (height, width) in pixels, and their seed."""
+
+    train: int = 0
+    val: int = 0
+    source: int = 0
+    image_size: tuple[int, int] = (128, 256)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_ranges(self, **dict.fromkeys(("train", "val", "source"), "[0, 1000000]"), seed="[0, inf)")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The images of a run; see :func:`cast_jax.data.datasets.open_datasets` for the paths.
+
+    Attributes:
+      image_size: (height, width) that images are fitted into.
+      max_instances: slots for the instances of an image.
+      loader, view: what all steps share of :class:`LoaderConfig` and :class:`ViewConfig`.
+      on_unreadable: "error" or "skip".
+      labelled: a COCO JSON, or how many of the training images keep their labels.
+    """
+
+    kind: str
+    image_size: tuple[int, int]
+    max_instances: int
+    view: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    loader: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    generated: GeneratedConfig = dataclasses.field(default_factory=GeneratedConfig)
+    on_unreadable: str = "error"
+    split_seed: int = 0
+    root: str = ""
+    split: str = ""
+    labelled: str | int = ""
+    unlabelled: str = ""
+    val: str = ""
+    labelled_images: str = ""
+    val_images: str = ""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, split_seed="[0, inf)")
+        check_choices(self, on_unreadable=("error", "skip"))
+        wanted = {"coco": str, "cityscapes": int, "scenes": int}.get(self.kind, object)
+        if not self.split and not isinstance(self.labelled, wanted):
+            raise UserError(
+                f"labelled is {self.labelled!r}; for kind {self.kind!r} it must be of type {wanted.__name__}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class PseudoLabelConfig:
+    """Which predictions become pseudo-labels (by score), and images a shard of the store."""
+
+    threshold: float = 0.3
+    shard_size: int = 256
+
+    def __post_init__(self) -> None:
+        check_ranges(self, threshold="[0, 1]", shard_size="[1, inf)")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """How trained models are looked at.
+
+    Attributes:
+      step: which trained step ``:evaluate`` looks at; empty for the last one.
+      batch_size, max_detections, min_score: see :class:`cast_jax.predict.Predictor`.
+      overlays: validation images that are drawn with their predictions.
+    """
+
+    step: str = ""
+    batch_size: int = 8
+    max_detections: int = 100
+    min_score: float = 0.01
+    overlays: int = 8
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self, batch_size="[1, 65536]", max_detections="[1, 65536]", min_score="[0, 1]", overlays="[0, inf)"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """A trained step.
+
+    Attributes:
+      model: its role in ``config.model``.
+      source: the labelled images: "labelled", or "pretrain".
+      start, start_parts: the step whose weights it starts from (empty: ``config.init``'s) and which parts of them.
+      pseudo_labels: "finetuned", "adapted" or empty.
+      data: what differs from ``config.data.loader`` and, under ``view``, from ``config.data.view``.
+    """
+
+    model: str
+    data: Mapping[str, Any]
+    train: TrainConfig
+    source: str = "labelled"
+    start: str = ""
+    start_parts: tuple[str, ...] = ()
+    pseudo_labels: str = ""
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """The whole configuration; ``build(RunConfig, config, "config")`` finds faulty keys, types and values.
+
+    Attributes:
+      file: the configuration file, for messages.
+      step: what to run: "cast" for all of ``pipeline``, or one step.
+      embedding_dim: of the contrastive projection.
+      init: by role, a folder or file of weights to start from; empty for fresh ones.
+      model: by role, see :func:`cast_jax.models.registry.segmenter_config`.
+    """
+
+    file: str
+    step: str
+    pipeline: tuple[str, ...]
+    model: Mapping[str, Mapping[str, Any]]
+    data: DataConfig
+    steps: Mapping[str, StepConfig]
+    seed: int = 0
+    embedding_dim: int = 128
+    init: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    runtime: Mapping[str, str | bool | None] = dataclasses.field(default_factory=dict)
+    pseudo_labels: PseudoLabelConfig = dataclasses.field(default_factory=PseudoLabelConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        check_ranges(self, seed="[0, 4294967295]", embedding_dim="[1, 65536]")
+        for name in ("pipeline", "steps"):
+            if not getattr(self, name):
+                raise UserError(f"{name} is empty; it needs at least one step")
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The steps to run."""
+        return self.pipeline if self.step == "cast" else (self.step,)
+
+    def train_config(self, name: str) -> TrainConfig:
+        """The trainer's settings for a step."""
+        step = self.steps[name]
+        return dataclasses.replace(step.train, optimizer=step.optimizer, seed=self.seed, mesh=self.mesh)
+
+    def loader_config(self, name: str) -> LoaderConfig:
+        """What a step's batches hold.
+
+        Raises:
+          UserError: see :func:`cast_jax.core.config.build`.
+        """
+        data, own = self.data, dict(self.steps[name].data)
+        own_view = own.pop("view", {})
+        if not isinstance(own_view, Mapping):
+            raise UserError(f"config.steps.{name}.data.view is {own_view!r}; it must hold fields of config.data.view")
+        view = {**data.view, **own_view, "image_size": data.image_size, "max_instances": data.max_instances}
+        # Each step sees its own order and views; the name makes them independent of which steps ran before.
+        seed = np.random.SeedSequence([self.seed, *name.encode()]).generate_state(1)[0]
+        values = {**data.loader, **own, "view": build(ViewConfig, view, "config.data.view"), "seed": int(seed)}
+        return build(LoaderConfig, values, f"config.steps.{name}.data")
+
+    def segmenter(self, role: str, num_classes: int) -> Functional:
+        """The teacher or the student as a pure function."""
+        return build_segmenter(self.model[role], num_classes, self.data.image_size, dtype=compute_dtype())
+
+    def recipe(self, name: str, categories: Sequence[Category]) -> SemiSupervised:
+        """A step's recipe."""
+        step = self.steps[name]
+        features = segmenter_config(self.model[step.model]).decoder.features
+        projection = Functional(lambda rngs: ProjectionHead(features, self.embedding_dim, rngs=rngs))
+        segmenter = self.segmenter(step.model, len(categories))
+        return SemiSupervised(segmenter, projection, step.objective, class_names(categories))

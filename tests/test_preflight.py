@@ -1,0 +1,162 @@
+"""What is found before the first step: order, weights, rules, the workdir, and changes to a run that has begun."""
+
+from __future__ import annotations
+
+import json
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from cast_jax.core.annotations import Category
+from cast_jax.core.config import build, to_json
+from cast_jax.core.errors import MissingStepError, UserError
+from cast_jax.core.sharding import make_mesh
+from cast_jax.export import save_weights
+from cast_jax.preflight import check_images, check_order, check_parameters, make_workdir, require_same
+from cast_jax.settings import RunConfig
+from configs import coco, demo
+
+CATEGORIES = (Category(1, "cell"), Category(2, "dust"))
+
+
+def config(change=lambda values: None, step: str = "cast") -> dict[str, Any]:
+    values = coco.get_config(f"{step},smoke").to_dict()
+    values["model"]["teacher"] = {**values["model"]["teacher"], "encoder": {"embed_dim": 16, "num_heads": 2}}
+    change(values)
+    return values
+
+
+def run_config(change=lambda values: None, step: str = "cast") -> RunConfig:
+    return build(RunConfig, config(change, step), "config")
+
+
+def check_parameters_of(run: RunConfig, workdir) -> None:
+    check_parameters(run, CATEGORIES, make_mesh(), workdir)
+
+
+def save(run: RunConfig, role: str, path, categories=CATEGORIES) -> None:
+    """Weights of a role, as an earlier run would have left them."""
+    shapes = run.segmenter(role, len(categories)).abstract()
+    save_weights(path, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes), {}, categories)
+
+
+@pytest.mark.parametrize(
+    ("order", "missing"),
+    [
+        (("adapt",), "finetune"),
+        (("finetune", "adapt"), "pseudo_label/finetuned"),
+        (("refine", "distill"), "distill"),
+        (("pseudo_label", "finetune"), "finetune"),
+        (("finetune", "pseudo_label", "distill"), "adapt"),
+        (("refine",), "distill"),
+    ],
+)
+def test_a_pipeline_out_of_order_is_refused(order, missing, tmp_path):
+    run = run_config(lambda values: values.update(pipeline=order))
+    with pytest.raises(MissingStepError, match=rf"needs the result of '{missing}'"):
+        check_order(run, tmp_path)
+
+
+def test_a_step_may_find_what_it_needs_in_the_workdir(tmp_path):
+    check_order(run_config(), tmp_path)
+    for made in ("finetune/exported/last.safetensors", "pseudo_labels/finetuned/stats.json"):
+        (tmp_path / made).parent.mkdir(parents=True)
+        (tmp_path / made).touch()
+    (tmp_path / "refine" / "exported").mkdir(parents=True)
+    (tmp_path / "refine" / "exported" / "last.safetensors").touch()
+    for step in ("adapt", "pseudo_label", "evaluate", "refine"):
+        check_order(run_config(step=step), tmp_path)
+    with pytest.raises(MissingStepError, match="evaluate' needs the result of 'distill'"):
+        check_order(run_config(lambda values: values["evaluate"].update(step="distill"), "evaluate"), tmp_path)
+
+
+def test_pretraining_needs_images(tmp_path):
+    run = build(RunConfig, demo.get_config("pretrain,smoke").to_dict(), "config")
+    check_images(run, SimpleNamespace(pretrain=()))
+    with pytest.raises(UserError, match=r"config\.steps\.pretrain\.source is 'pretrain'"):
+        check_images(run, SimpleNamespace(pretrain=None))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda steps: steps["refine"]["optimizer"].update(learning_rate_rules=(("encoder/.*", 0.1), (".*", 1.0))),
+            r"config\.steps\.refine: optimizer\.learning_rate_rules: rule 'encoder/\.\*' matches no parameter",
+        ),
+        (
+            lambda steps: steps["distill"]["optimizer"].update(frozen=("segmenter/enc/.*",)),
+            r"config\.steps\.distill: optimizer\.frozen: rule 'segmenter/enc/\.\*' matches no parameter",
+        ),
+        (
+            lambda steps: steps["adapt"]["train"].update(sharding_rules=(("segmenter/.*", "auto"),)),
+            r"config\.steps\.adapt: .*sharding.rules: no rule matches projection",
+        ),
+        (lambda steps: steps["refine"]["optimizer"].update(schedule="linear"), r"steps\.refine: .*'linear'; known: "),
+        (lambda steps: steps["refine"]["optimizer"].update(warmup_steps=3), r"steps\.refine: .*warmup_steps is 3"),
+        (
+            lambda steps: steps["refine"].update(start="finetune"),
+            r"(?s)config\.steps\.refine\.start: .*do not fit.*encoder/.* has shape",
+        ),
+        (lambda steps: steps["refine"].update(start_parts=("decodr",)), r"no parameters under decodr"),
+    ],
+)
+def test_faulty_rules_and_starts_are_found_for_every_step(change, message, tmp_path):
+    check_parameters_of(run_config(), tmp_path)
+    with pytest.raises(UserError, match=message):
+        check_parameters_of(run_config(lambda values: change(values["steps"])), tmp_path)
+
+
+def test_weights_to_start_from_are_held_against_the_model(tmp_path):
+    path = tmp_path / "weights" / "model.safetensors"
+    run = run_config(lambda values: values.update(init={"teacher": str(path), "student": ""}))
+    save(run, "teacher", path)
+    check_parameters_of(run, tmp_path)
+    save(run, "student", path)
+    with pytest.raises(UserError, match=r"(?s)config\.init\.teacher: .*model\.safetensors: the weights do not fit"):
+        check_parameters_of(run, tmp_path)
+    save(run, "teacher", path, (Category(1, "cell"), Category(7, "dirt")))
+    with pytest.raises(
+        UserError, match=r"other classes \(1 cell, 7 dirt\) than the labelled images \(1 cell, 2 dust\)"
+    ):
+        check_parameters_of(run, tmp_path)
+    parts = lambda values: [values["steps"][name].update(start_parts=("encoder",)) for name in ("finetune", "adapt")]
+    check_parameters_of(run_config(lambda values: (values.update(init=run.init), parts(values))), tmp_path)
+    path.write_bytes(b"no weights")
+    with pytest.raises(UserError, match="not a readable export"):
+        check_parameters_of(run, tmp_path)
+    for step in ("finetune", "adapt"):  # what is finished no longer starts
+        (tmp_path / step).mkdir()
+        (tmp_path / step / "done.json").write_text('{"step": 3}')
+    check_parameters_of(run, tmp_path)
+
+
+def test_steps_that_have_not_begun_may_be_corrected(tmp_path):
+    (tmp_path / "finetune" / "checkpoints" / "2").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(json.dumps(to_json(config())))
+    require_same(config(lambda values: values["steps"]["distill"]["optimizer"].update(learning_rate=3.0)), tmp_path)
+    require_same(config(lambda values: values["steps"].pop("refine")), tmp_path)
+    changes = [
+        (
+            lambda values: values["steps"]["finetune"]["train"].update(steps=9),
+            "config.steps.finetune.train.steps: 3 -> 9",
+        ),
+        (lambda values: values["steps"].pop("finetune"), "-> '(absent)'"),
+        (lambda values: values.update(embedding_dim=3), "config.embedding_dim: 32 -> 3"),
+    ]
+    for change, message in changes:
+        with pytest.raises(UserError, match=re.escape(message)):
+            require_same(config(change), tmp_path)
+
+
+def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
+    make_workdir(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run", type(tmp_path)("/proc/run")):
+        with pytest.raises(UserError, match=rf"--workdir {path} cannot be written to \(.+\); name another folder"):
+            make_workdir(path)
