@@ -188,9 +188,6 @@ def small_steps(config: ConfigDict, steps: dict[str, int], *, log_every: int, sa
         step = config.steps[name]
         semi = bool(step.pseudo_labels)
         step.data.update({"batch_labelled": 2 if semi else 4, "batch_unlabelled": 2 if semi else 0})
-        # Four images meet labels in every update of every step, in the strong view; the weak one serves the contrast.
-        step.data.views = ("weak", "strong") if semi else ("strong",)
-        step.objective.update({"supervised_views": ("strong",), "pseudo_label_views": ("strong",)})
         step.train.update({"steps": count, "log_every": log_every, "save_every": save_every})
 
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from cast_jax.core.config import check_choices, check_ranges
+from cast_jax.core.errors import UserError
 from cast_jax.models.attention import attend
 from cast_jax.models.convolution import PatchEmbedding
 from cast_jax.models.layers import LayerScale, drop_path, dropout
@@ -45,10 +47,28 @@ class DinoV2Config:
     remat: bool = False
 
     def __post_init__(self) -> None:
+        sizes = ("embed_dim", "depth", "num_heads", "patch_size", "position_grid")
+        check_ranges(self, **dict.fromkeys(sizes, "[1, 65536]"), num_register_tokens="[0, 65536]")
+        check_ranges(self, mlp_ratio="(0, 64]", position_offset="[0, 1)", layer_scale="(-inf, inf)")
+        check_ranges(self, drop_path="[0, 1)", dropout="[0, 1)")
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}")
-        if self.ffn not in ("mlp", "swiglu"):
-            raise ValueError(f"ffn must be 'mlp' or 'swiglu', got {self.ffn!r}")
+            raise UserError(f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}")
+        check_choices(self, ffn=("mlp", "swiglu"))
+
+    @property
+    def map_widths(self) -> tuple[int, ...]:
+        """Channels of each block's map."""
+        return (self.embed_dim,) * self.depth
+
+    @property
+    def stride(self) -> int:
+        """Pixels between the positions of the map that the neck takes as its unit."""
+        return self.patch_size
+
+    @property
+    def pyramid(self) -> bool:
+        """All maps have the patch grid's size."""
+        return False
 
 
 def dinov2_s(**changes: Any) -> DinoV2Config:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from cast_jax.core.config import check_choices, check_ranges
+from cast_jax.core.errors import UserError
 from cast_jax.models.convolution import Conv3x3, PatchExpansion
 from cast_jax.models.resize import resize
 
@@ -18,8 +20,8 @@ from cast_jax.models.resize import resize
 class DptConfig:
     """The widths of a neck; the defaults are DPT-S.
 
-    ``finest_scale`` is the resolution of the finest result in units of the patch grid: 8 is the published ``path_1``,
-    4 leaves out its last upsampling, which a mask decoder does not need.
+    ``finest_scale`` is the resolution of the finest result in units of the third map (of a ViT: the patch grid): 8 is
+    the published ``path_1``, 4 leaves out its last upsampling, which a mask decoder does not need.
     """
 
     features: int = 64
@@ -28,9 +30,9 @@ class DptConfig:
 
     def __post_init__(self) -> None:
         if len(self.out_channels) != 4:
-            raise ValueError(f"out_channels must have four widths, fine to coarse, got {self.out_channels}")
-        if self.finest_scale not in (4, 8):
-            raise ValueError(f"finest_scale must be 4 or 8, got {self.finest_scale}")
+            raise UserError(f"out_channels must have four widths, fine to coarse, got {self.out_channels}")
+        check_ranges(self, features="[1, 65536]", out_channels="[1, 65536]")
+        check_choices(self, finest_scale=(4, 8))
 
 
 class Reassemble(nnx.Module):
@@ -91,26 +93,36 @@ class Dpt(nnx.Module):
     """The neck. Parameters are ``param_dtype``; activations and results are ``dtype``."""
 
     def __init__(
-        self, in_features: int, config: DptConfig | None = None, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs
+        self,
+        in_features: int | Sequence[int],
+        config: DptConfig | None = None,
+        *,
+        pyramid: bool = False,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
     ):
+        """``in_features``: of each map, or of all. A ``pyramid``'s maps come at 4, 2, 1 and 0.5 times the third."""
         config = config or DptConfig()
+        in_features = (in_features,) * 4 if isinstance(in_features, int) else tuple(in_features)
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config
-        widths_and_scales = zip(config.out_channels, (4, 2, 1, 0.5), strict=True)
-        self.reassemble = nnx.List([Reassemble(in_features, w, scale, **options) for w, scale in widths_and_scales])
+        shapes = zip(in_features, config.out_channels, (1,) * 4 if pyramid else (4, 2, 1, 0.5), strict=True)
+        self.reassemble = nnx.List([Reassemble(*shape, **options) for shape in shapes])
         self.adapt = nnx.List([Conv3x3(w, config.features, use_bias=False, **options) for w in config.out_channels])
         self.fusion = nnx.List([Fusion(config.features, **options) for _ in config.out_channels])  # coarse to fine
 
     def __call__(
         self, maps: Sequence[Float[Array, "batch rows columns dim"]]
     ) -> tuple[Float[Array, "batch height width channels"], list[Float[Array, "batch _height _width channels"]]]:
-        """Fuses four maps of one patch grid, ordered from the shallowest encoder block to the deepest.
+        """Fuses four maps, ordered from the shallowest encoder block to the deepest.
 
-        Returns the finest map, at ``finest_scale`` times the grid, and the coarser fused ones at 1, 2 and 4 times.
+        Returns the finest map, at ``finest_scale`` times the third one's size, and the coarser fused ones at 1, 2 and
+        4 times.
         """
         if len(maps) != 4:
             raise ValueError(f"the neck fuses four encoder maps, got {len(maps)}")
-        rows, columns = maps[0].shape[1:3]
+        rows, columns = maps[2].shape[1:3]
         levels = [
             adapt(reassemble(level)) for level, reassemble, adapt in zip(maps, self.reassemble, self.adapt, strict=True)
         ]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
+from cast_jax.core.config import build
 from cast_jax.core.errors import UserError
 from cast_jax.models import dinov2
 from cast_jax.models.dpt import DptConfig
 from cast_jax.models.functional import Functional
 from cast_jax.models.mask_decoder import MaskDecoderConfig
+from cast_jax.models.resnet import ResNetConfig
 from cast_jax.models.student import Student, StudentConfig
 
 
@@ -74,8 +77,27 @@ def teacher_tiny() -> StudentConfig:
     )
 
 
+def student_resnet_tiny() -> StudentConfig:
+    """``student_tiny`` with a convolutional encoder, which learns from scratch in fewer updates."""
+    return dataclasses.replace(
+        student_tiny(),
+        encoder=ResNetConfig(widths=(16, 32, 64, 96), depths=(1, 2, 2, 2)),
+        decoder=DptConfig(features=24, out_channels=(16, 32, 64, 64)),
+    )
+
+
+def teacher_resnet_tiny() -> StudentConfig:
+    """The larger sibling of ``student_resnet_tiny``: twice as wide, deeper."""
+    return dataclasses.replace(
+        student_resnet_tiny(),
+        encoder=ResNetConfig(widths=(32, 64, 96, 128), depths=(1, 2, 3, 3)),
+        decoder=DptConfig(features=32, out_channels=(32, 48, 64, 64)),
+    )
+
+
 SEGMENTERS: dict[str, Callable[[], StudentConfig]] = {
-    config.__name__: config for config in (student_s, student_l, student_tiny, teacher_tiny)
+    config.__name__: config
+    for config in (student_s, student_l, student_tiny, teacher_tiny, student_resnet_tiny, teacher_resnet_tiny)
 }
 
 
@@ -85,29 +107,15 @@ def segmenter_config(spec: Mapping[str, Any], where: str = "model") -> StudentCo
     Raises:
       UserError: an unknown name, part or field, with the known ones; sizes that do not go together.
     """
-    spec = dict(spec)
-    name = spec.pop("name", None)
-    if name not in SEGMENTERS:
+    changes = dict(spec)
+    name = changes.pop("name", None)
+    if name not in tuple(SEGMENTERS):
         raise UserError(f"{where}.name {name!r} is unknown; known: {', '.join(SEGMENTERS)}")
-    config = SEGMENTERS[name]()
-    changes: dict[str, Any] = {}
-    for part, values in spec.items():
-        if part not in vars(config):
-            raise UserError(f"{where}.{part} is unknown; known: {', '.join(vars(config))}")
-        if isinstance(values, list | tuple):
-            changes[part] = tuple(values)
-            continue
-        if not isinstance(values, Mapping) or not dataclasses.is_dataclass(getattr(config, part)):
-            raise UserError(f"{where}.{part} is {values!r}; its default is {getattr(config, part)}")
-        known = vars(getattr(config, part))
-        if unknown := sorted(set(values) - set(known)):
-            raise UserError(f"{where}.{part}: unknown key {', '.join(unknown)}; known: {', '.join(known)}")
-        values = {key: tuple(value) if isinstance(value, list | tuple) else value for key, value in values.items()}
-        try:
-            changes[part] = dataclasses.replace(getattr(config, part), **values)
-        except ValueError as error:
-            raise UserError(f"{where}.{part}: {error}") from error
-    return dataclasses.replace(config, **changes)
+    named = vars(SEGMENTERS[name]())
+    for part, values in changes.items():
+        if isinstance(values, Mapping) and dataclasses.is_dataclass(named.get(part)):
+            changes[part] = build(type(named[part]), {**vars(named[part]), **values}, f"{where}.{part}")
+    return build(StudentConfig, {**named, **changes}, where)
 
 
 def check_image_size(config: StudentConfig, image_size: tuple[int, int]) -> None:
@@ -123,11 +131,16 @@ def check_image_size(config: StudentConfig, image_size: tuple[int, int]) -> None
 def build_segmenter(
     spec: Mapping[str, Any], num_classes: int, image_size: tuple[int, int], *, dtype: Any = jnp.float32
 ) -> Functional:
-    """A segmenter as a pure function.
+    """A segmenter as a pure function; the same one for the same model, since describing a large one takes seconds.
 
     Raises:
       UserError: see :func:`segmenter_config`; image sides that are no multiples of the patch size.
     """
     config = segmenter_config(spec)
     check_image_size(config, image_size)
+    return _functional(config, num_classes, jnp.dtype(dtype))
+
+
+@functools.cache
+def _functional(config: StudentConfig, num_classes: int, dtype: Any) -> Functional:
     return Functional(lambda rngs: Student(config, num_classes, dtype=dtype, rngs=rngs))

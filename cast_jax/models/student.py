@@ -1,4 +1,4 @@
-"""The student: DINOv2 encoder, DPT decoder, masked-attention transformer decoder (method.md section 4).
+"""The student: DINOv2 or ResNet encoder, DPT decoder, masked-attention transformer decoder (method.md section 4).
 
 The small teachers of the demo and of data without a foundation model are larger members of the same family.
 """
@@ -11,35 +11,47 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from cast_jax.core.config import check_ranges
 from cast_jax.models.dinov2 import IMAGE_MEAN, IMAGE_STD, DinoV2, DinoV2Config
 from cast_jax.models.dpt import Dpt, DptConfig
 from cast_jax.models.mask_decoder import MaskDecoder, MaskDecoderConfig
+from cast_jax.models.resnet import ResNet, ResNetConfig
 from cast_jax.models.segmenter import Prediction
 
 
 @dataclasses.dataclass(frozen=True)
 class StudentConfig:
-    """The three parts, and which encoder blocks (0-based) feed the DPT decoder, shallow to deep."""
+    """The three parts, and which of the encoder's maps (0-based blocks or stages) feed the neck, shallow to deep."""
 
-    encoder: DinoV2Config
+    encoder: DinoV2Config | ResNetConfig
     decoder: DptConfig
     mask_decoder: MaskDecoderConfig
     encoder_layers: tuple[int, int, int, int]
+
+    def __post_init__(self) -> None:
+        check_ranges(self, encoder_layers=f"[0, {self.encoder.depth})")
 
     @property
     def patch_size(self) -> int:
         """Image sides must be multiples of this."""
         return self.encoder.patch_size
 
+    @property
+    def pixel_map_scale(self) -> float:
+        """The finest map's size in units of the image's."""
+        return self.decoder.finest_scale / self.encoder.stride
+
 
 class Student(nnx.Module):
-    """Images in [0, 1] to a :class:`Prediction`; masks and features at four times the patch grid."""
+    """Images in [0, 1] to a :class:`Prediction`; masks and features at the finest resolution of the DPT decoder."""
 
     def __init__(self, config: StudentConfig, num_classes: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.dtype = dtype
-        self.encoder = DinoV2(config.encoder, dtype=dtype, rngs=rngs)
-        self.decoder = Dpt(config.encoder.embed_dim, config.decoder, dtype=dtype, rngs=rngs)
+        encoder = DinoV2 if isinstance(config.encoder, DinoV2Config) else ResNet
+        self.encoder = encoder(config.encoder, dtype=dtype, rngs=rngs)
+        widths = tuple(config.encoder.map_widths[layer] for layer in config.encoder_layers)
+        self.decoder = Dpt(widths, config.decoder, pyramid=config.encoder.pyramid, dtype=dtype, rngs=rngs)
         self.mask_decoder = MaskDecoder(
             config.mask_decoder, config.decoder.features, num_classes, dtype=dtype, rngs=rngs
         )
