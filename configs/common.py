@@ -57,7 +57,7 @@ def base(arguments: FrozenConfigDict, file: str) -> ConfigDict:
     config.seed = arguments.seed
     config.pipeline = PIPELINE
     config.embedding_dim = 128  # of the projection head (chosen)
-    config.runtime = {"compilation_cache": placeholder(str), "debug_nans": False}
+    config.runtime = {"compilation_cache": placeholder(str), "debug_nans": False, "xla_flags": ""}
     config.mesh = {"data": -1, "fsdp": 1}
     config.init = {"teacher": "", "student": ""}  # folders of converted weights; empty: fresh
     config.model = {"teacher": {"name": "student_l"}, "student": {"name": "student_s"}}
@@ -194,6 +194,7 @@ def small_steps(config: ConfigDict, steps: dict[str, int], *, log_every: int, sa
 def smoke(config: ConfigDict) -> None:
     """The same code path with tiny models and a few steps, on generated data where no root is given."""
     tiny_models(config, (64, 128))
+    config.runtime.xla_flags = "--xla_backend_optimization_level=0"  # a few steps: most of the time is compilation
     config.data.max_instances = 16
     config.data.generated = {"train": 12, "val": 4, "source": 8, "image_size": (64, 128), "seed": 0}
     config.pseudo_labels.threshold = 0.0  # a model of a few steps is sure of nothing

@@ -8,12 +8,12 @@ Scenes of a source look stand in for what a foundation model has seen; the task 
 from configs import common
 
 STEPS = {
-    "pretrain": 400,
-    "finetune": 150,
-    "adapt": 150,
-    "distill": 350,
+    "pretrain": 500,
+    "finetune": 100,
+    "adapt": 100,
+    "distill": 300,
     "refine": 100,
-    "student_supervised": 450,
+    "student_supervised": 400,
 }
 
 
@@ -27,16 +27,23 @@ def get_config(argument: str = "cast"):
     config.steps = {"pretrain": common.teacher_step(steps=1, source="pretrain"), **config.steps}
     for name in ("finetune", "adapt"):
         config.steps[name].start = "pretrain"
+    for name in ("distill", "student_supervised"):
+        # As the paper's student starts from DINOv2: what was pretrained, with a fresh mask decoder.
+        config.steps[name].update({"start": "pretrain", "start_parts": ("encoder", "decoder")})
     if arguments.smoke:
         common.smoke(config)
         config.data.labelled = 4
         return config
     common.tiny_models(config, (64, 128))
+    for role, mask_decoder in (("teacher", {"query_stride": 4}), ("student", {"query_stride": 4, "num_layers": 1})):
+        config.model[role] = {"name": "student_resnet_tiny", "mask_decoder": mask_decoder}
     config.data.max_instances = 24
-    config.data.generated = {"train": 160, "val": 60, "source": 400, "image_size": (128, 256), "seed": 0}
+    config.data.generated = {"train": 160, "val": 60, "source": 600, "image_size": (128, 256), "seed": 0}
     # A scene's objects are a dozen pixels wide: crops stay near the size that is predicted at.
     config.data.view.update({"scale": (0.8, 1.4), "crop_area": (0.4, 1.0), "min_area": 8})
-    for role in ("teacher", "student"):
-        config.model[role].mask_decoder = {"query_stride": 4}
     common.small_steps(config, STEPS, log_every=20, save_every=100)
+    config.steps.pretrain.data.views = ("strong",)
+    config.steps.pretrain.objective.supervised_views = ("strong",)
+    for name in ("finetune", "adapt"):
+        config.steps[name].optimizer.learning_rate = 1e-3
     return config

@@ -21,19 +21,22 @@ from cast_jax.core.errors import UserError
 
 logger = logging.getLogger(__name__)
 GIB = 2**30
-SETTINGS = {"compilation_cache": None, "debug_nans": False}
+SETTINGS = {"compilation_cache": None, "debug_nans": False, "xla_flags": ""}
 
 
 def setup(config: Mapping[str, Any] | None = None) -> None:
     """Applies process-wide jax settings; call once, before the first computation.
 
-    ``config`` may set ``compilation_cache`` (a folder; None: under the XDG cache; "": off) and ``debug_nans`` (stop at
-    the operation that makes a NaN; slow). Unknown keys raise :class:`UserError`.
+    ``config`` may set ``compilation_cache`` (a folder; None: under the XDG cache; "": off), ``debug_nans`` (stop at
+    the operation that makes a NaN; slow) and ``xla_flags`` (added to the environment's XLA_FLAGS). Unknown keys raise
+    :class:`UserError`.
     """
     config = dict(config or {})
     if unknown := set(config) - set(SETTINGS):
         raise UserError(f"runtime: unknown settings {sorted(unknown)}; known: {', '.join(SETTINGS)}")
     settings = SETTINGS | config
+    if settings["xla_flags"]:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {settings['xla_flags']}".strip()
     folder = settings["compilation_cache"]
     folder = str(default_cache_folder()) if folder is None else folder
     if folder:

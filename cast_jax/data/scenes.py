@@ -25,7 +25,7 @@ from cast_jax.data.scenes_looks import LOOKS
 MARKER = "scenes.json"
 """The file in a folder of scenes that says how they were made, and whether they are all there."""
 
-_VERSION = 1
+_VERSION = 2
 """Of the painting. Raise it when the same parameters no longer give the same pixels."""
 
 _CITIES = {"train": "demotown", "val": "modelbury", "test": "sampleton"}

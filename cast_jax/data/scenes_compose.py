@@ -31,14 +31,14 @@ _FREQUENCY = {
 """How often each kind is drawn; a cyclist and a motorcyclist are two instances each."""
 
 _DEPTHS = {
-    "car": (8.0, 32.0),
-    "person": (5.5, 20.0),
-    "rider": (6.0, 18.0),
-    "truck": (12.0, 36.0),
-    "bus": (14.0, 38.0),
-    "train": (22.0, 45.0),
-    "bicycle": (5.5, 14.0),
-    "motorcycle": (6.0, 16.0),
+    "car": (9.0, 20.0),
+    "person": (6.5, 13.0),
+    "rider": (7.0, 13.0),
+    "truck": (14.0, 26.0),
+    "bus": (15.0, 28.0),
+    "train": (20.0, 34.0),
+    "bicycle": (6.5, 11.0),
+    "motorcycle": (7.0, 12.0),
     "tree": (9.0, 50.0),
     "post": (8.0, 40.0),
 }
@@ -69,7 +69,7 @@ def compose(
       The RGB image and its Cityscapes instance ids: class * 1000 + k for what can be told apart, the bare class id for
       groups, for figures that are nearly hidden, and for everything without instances.
     """
-    focal = 0.8 * width
+    focal = 1.1 * width
     camera = Camera(height, width, focal, rng.uniform(0.4, 0.47) * height, rng.uniform(0.4, 0.6) * width)
     light = Light(
         side=float(rng.uniform(-1, 1)),
@@ -88,11 +88,11 @@ def compose(
 
 
 def _things(rng: np.random.Generator, camera: Camera) -> list[_Thing]:
-    """Who stands where: 4 to 8 draws of traffic, perhaps a group, some trees and posts."""
+    """Who stands where: 2 to 5 draws of traffic, perhaps a group, some trees and posts."""
     things: list[_Thing] = []
     kinds, weights = list(_FREQUENCY), np.asarray(list(_FREQUENCY.values()), float)
     large = 0
-    for kind in rng.choice(kinds, size=rng.integers(4, 9), p=weights / weights.sum()):
+    for kind in rng.choice(kinds, size=rng.integers(2, 6), p=weights / weights.sum()):
         if kind in _LARGE and (large := large + 1) > 2:
             kind = "person"
         if kind in ("cyclist", "motorcyclist"):
@@ -104,7 +104,7 @@ def _things(rng: np.random.Generator, camera: Camera) -> list[_Thing]:
     if rng.random() < 0.35:
         kind = rng.choice(list(_GROUPS))
         group = _place(rng, camera, str(kind))
-        depth = float(rng.uniform(14, 30))
+        depth = float(rng.uniform(12, 22))
         x = group.x * depth / group.depth
         things.append(dataclasses.replace(group, x=x, depth=depth, view=0, members=int(rng.integers(4, 8))))
     for name, most in (("tree", 5), ("post", 3)):

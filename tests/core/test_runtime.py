@@ -25,6 +25,16 @@ def test_setup_places_the_cache_and_rejects_unknown_settings(tmp_path):
         runtime.setup({"cache": "x"})
 
 
+def test_xla_flags_are_added_to_those_of_the_environment(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
+    previous = jax.config.jax_compilation_cache_dir
+    try:
+        runtime.setup({"compilation_cache": "", "xla_flags": "--xla_b=2"})
+        assert os.environ["XLA_FLAGS"] == "--xla_a=1 --xla_b=2"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", previous)
+
+
 def test_the_default_cache_lies_under_xdg(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert runtime.default_cache_folder().parent == tmp_path / "cast_jax"
