@@ -247,6 +247,7 @@ class Pipeline:
             self.categories,
             weights_hash(result(self.workdir, step)),
             options.threshold,
+            options.max_iou,
             options.shard_size,
         )
         if not (pending := writer.pending_shards()) and (folder / "stats.json").exists():

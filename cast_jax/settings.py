@@ -77,13 +77,20 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PseudoLabelConfig:
-    """Which predictions become pseudo-labels (by score), and images a shard of the store."""
+    """Which predictions become pseudo-labels, and images a shard of the store.
+
+    Attributes:
+      threshold: least score.
+      max_iou: of two instances that overlap by more, the better one stays; 1 keeps all.
+      shard_size: images a shard.
+    """
 
     threshold: float = 0.3
+    max_iou: float = 0.5
     shard_size: int = 256
 
     def __post_init__(self) -> None:
-        check_ranges(self, threshold="[0, 1]", shard_size="[1, inf)")
+        check_ranges(self, threshold="[0, 1]", max_iou="[0, 1]", shard_size="[1, inf)")
 
 
 @dataclasses.dataclass(frozen=True)

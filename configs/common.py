@@ -78,7 +78,7 @@ def base(arguments: FrozenConfigDict, file: str) -> ConfigDict:
         },
         "generated": {"train": 0, "val": 0, "source": 0, "image_size": (128, 256), "seed": 0},
     }
-    config.pseudo_labels = {"threshold": 0.3, "shard_size": 256}
+    config.pseudo_labels = {"threshold": 0.3, "max_iou": 0.5, "shard_size": 256}  # max_iou (chosen)
     config.evaluate = {
         "step": "",  # which trained step `:evaluate` looks at; empty: the last one
         "batch_size": 8,

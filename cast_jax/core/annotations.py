@@ -73,6 +73,19 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
+def suppress_duplicates(rles: list[dict[str, Any]], max_iou: float) -> list[int]:
+    """Greedy mask NMS: the positions that overlap no kept one before them by more than ``max_iou``.
+
+    ``rles`` come best first. Classes play no part: one object called by two names is two labels for one thing.
+    """
+    kept: list[int] = []
+    overlaps = coco_mask.iou(rles, rles, [0] * len(rles)) if rles else np.zeros((0, 0))
+    for position in range(len(rles)):
+        if not kept or overlaps[position, kept].max() <= max_iou:
+            kept.append(position)
+    return kept
+
+
 def decode_mask(rle: dict[str, Any]) -> np.ndarray:
     """Decodes a compressed or uncompressed COCO RLE to a bool mask ``[height, width]``."""
     if isinstance(rle["counts"], list):

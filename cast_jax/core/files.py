@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
-def atomic_write(path: str | os.PathLike[str], data: str | bytes) -> None:
-    """Writes ``data`` to ``path`` through a synced temporary file in the same folder; makes the folder.
-
-    Text is UTF-8; what it cannot hold (the bytes of a file name in another encoding) is written as ``\\udcff``.
-    """
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A binary file that becomes ``path``, synced, when the block ends, and vanishes if it fails; makes the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -27,6 +27,15 @@ def atomic_write(path: str | os.PathLike[str], data: str | bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def atomic_write(path: str | os.PathLike[str], data: str | bytes) -> None:
+    """Writes ``data`` to ``path`` through a synced temporary file in the same folder; makes the folder.
+
+    Text is UTF-8; what it cannot hold (the bytes of a file name in another encoding) is written as ``\\udcff``.
+    """
+    with atomic_file(path) as file:
+        file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

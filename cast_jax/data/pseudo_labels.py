@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cast_jax.core.annotations import Category, Detections
+from cast_jax.core.annotations import Category, Detections, suppress_duplicates
 from cast_jax.core.errors import DataError
 from cast_jax.core.files import atomic_write, read_json, write_json
 from cast_jax.data.sources.base import Source, image_size, name_some
@@ -47,6 +47,7 @@ class PseudoLabelWriter:
       categories: what the positions in :class:`Detections` mean.
       model_hash: names the weights that make the labels.
       threshold: instances with a lower score are dropped.
+      max_iou: of two instances that overlap by more, the one with the lower score is dropped; 1 keeps all.
       shard_size: images a shard.
 
     Raises:
@@ -60,6 +61,7 @@ class PseudoLabelWriter:
         categories: Sequence[Category],
         model_hash: str,
         threshold: float,
+        max_iou: float = 1.0,
         shard_size: int = 256,
     ):
         if not len(source) or shard_size < 1 or not 0 <= threshold <= 1:
@@ -71,6 +73,7 @@ class PseudoLabelWriter:
         manifest: dict[str, Any] = {
             "model_hash": model_hash,
             "threshold": float(threshold),
+            "max_iou": float(max_iou),
             "shard_size": int(shard_size),
             "images": len(source),
             "images_hash": hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).hexdigest()[:16],
@@ -110,6 +113,7 @@ class PseudoLabelWriter:
         kept = np.flatnonzero(np.asarray(found.scores) >= np.float32(self.manifest["threshold"])).tolist()
         if wrong := [found.rles[i]["size"] for i in kept if list(found.rles[i]["size"]) != [height, width]]:
             raise ValueError(f"{record.path}: masks of size {wrong[0]} do not fit an image of {[height, width]}")
+        kept = [kept[i] for i in suppress_duplicates([found.rles[i] for i in kept], self.manifest["max_iou"])]
         instances = [
             {
                 "category_id": self.categories[found.labels[i]].id,

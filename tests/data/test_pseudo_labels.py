@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -85,6 +86,17 @@ def test_the_threshold_is_inclusive_and_can_only_be_raised(tmp_path, images):
     assert [len(raised.instances(i)) for i in range(5)] == [1, 0, 0, 0, 2]
     with pytest.raises(DataError, match=r"below 0\.3 were not kept"):
         PseudoLabelled(images, store, _CATEGORIES, threshold=0.2)
+
+
+def test_of_two_instances_on_the_same_pixels_the_better_one_stays(tmp_path, images):
+    found = _found(0.9, 0.8, 0.7)
+    half = _mask(0) | _mask(1)  # IoU 0.5 with the first, whatever its class
+    twice = dataclasses.replace(found, rles=[found.rles[0], encode_mask(half), found.rles[0]])
+    for max_iou, kept in ((1.0, [0.9, 0.8, 0.7]), (0.5, [0.9, 0.8]), (0.49, [0.9])):
+        writer = _writer(tmp_path / str(max_iou), images, max_iou=max_iou)
+        writer.write_shard(0, [twice, _found()])
+        line = json.loads((tmp_path / str(max_iou) / "shard-00000.jsonl").read_text().splitlines()[0])
+        assert [instance["score"] for instance in line["instances"]] == pytest.approx(kept)
 
 
 def test_the_labels_come_back_as_instances(tmp_path, images):
