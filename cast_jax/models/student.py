@@ -48,8 +48,11 @@ class Student(nnx.Module):
     def __init__(self, config: StudentConfig, num_classes: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.dtype = dtype
-        encoder = DinoV2 if isinstance(config.encoder, DinoV2Config) else ResNet
-        self.encoder = encoder(config.encoder, dtype=dtype, rngs=rngs)
+        self.encoder = (
+            DinoV2(config.encoder, dtype=dtype, rngs=rngs)
+            if isinstance(config.encoder, DinoV2Config)
+            else ResNet(config.encoder, dtype=dtype, rngs=rngs)
+        )
         widths = tuple(config.encoder.map_widths[layer] for layer in config.encoder_layers)
         self.decoder = Dpt(widths, config.decoder, pyramid=config.encoder.pyramid, dtype=dtype, rngs=rngs)
         self.mask_decoder = MaskDecoder(

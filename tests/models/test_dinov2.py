@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
+from published import copy_weights
 
 from cast_jax.models.dinov2 import DinoV2, DinoV2Config, dinov2_b, dinov2_l, dinov2_s, tiny
 
@@ -58,40 +59,6 @@ def reference(registers: int, swiglu: bool) -> torch.nn.Module:
     return model
 
 
-def copy_weights(source: torch.nn.Module, target: DinoV2) -> None:
-    """Fills every parameter of ``target`` but the mask token, in the order of the modules."""
-
-    def array(parameter: torch.Tensor) -> jax.Array:
-        return jnp.asarray(parameter.detach().numpy())
-
-    def linear(ours: nnx.Linear, theirs: torch.nn.Linear) -> None:
-        ours.kernel[...], ours.bias[...] = array(theirs.weight.T), array(theirs.bias)
-
-    def norm(ours: nnx.LayerNorm, theirs: torch.nn.LayerNorm) -> None:
-        ours.scale[...], ours.bias[...] = array(theirs.weight), array(theirs.bias)
-
-    embeddings = source.embeddings
-    target.class_token[...] = array(embeddings.cls_token[0])
-    target.position_embedding[...] = array(embeddings.position_embeddings[0])
-    if target.config.num_register_tokens:
-        target.register_tokens[...] = array(embeddings.register_tokens[0])
-    target.patch_embedding.kernel[...] = array(embeddings.patch_embeddings.projection.weight.permute(2, 3, 1, 0))
-    target.patch_embedding.bias[...] = array(embeddings.patch_embeddings.projection.bias)
-    norm(target.norm, source.layernorm)
-    for ours, theirs in zip(target.blocks, source.encoder.layer, strict=True):
-        norm(ours.norm1, theirs.norm1)
-        norm(ours.norm2, theirs.norm2)
-        ours.layer_scale1.gamma[...] = array(theirs.layer_scale1.lambda1)
-        ours.layer_scale2.gamma[...] = array(theirs.layer_scale2.lambda1)
-        attention = ours.attention
-        for name, layer in zip(("query", "key", "value", "out"), ("q_proj", "k_proj", "v_proj", "o_proj"), strict=True):
-            linear(getattr(attention, name), getattr(theirs.attention, layer))
-        names = ("fc1", "fc2") if target.config.ffn == "mlp" else ("gate", "up", "down")
-        layers = names if target.config.ffn == "mlp" else ("gate_proj", "up_proj", "down_proj")
-        for name, layer in zip(names, layers, strict=True):
-            linear(getattr(ours.mlp, name), getattr(theirs.mlp, layer))
-
-
 @pytest.mark.parametrize(
     ("registers", "ffn", "size"),
     [(0, "mlp", (12, 28)), (0, "swiglu", (20, 20)), (3, "mlp", (28, 12)), (3, "mlp", (8, 12))],
@@ -99,7 +66,7 @@ def copy_weights(source: torch.nn.Module, target: DinoV2) -> None:
 def test_equals_hugging_face(registers, ffn, size):
     theirs = reference(registers, swiglu=ffn == "swiglu")
     ours = small(num_register_tokens=registers, ffn=ffn, position_offset=0.0, position_antialias=registers > 0)
-    copy_weights(theirs, ours)
+    copy_weights(theirs, ours, "encoder")
     inputs = images(*size)
     with torch.no_grad():
         result = theirs(torch.from_numpy(inputs).permute(0, 3, 1, 2), output_hidden_states=True)
@@ -116,7 +83,7 @@ def test_equals_hugging_face(registers, ffn, size):
 
 def test_gradients_equal_hugging_face():
     theirs, ours = reference(0, swiglu=False), small(position_offset=0.0)
-    copy_weights(theirs, ours)
+    copy_weights(theirs, ours, "encoder")
     inputs = images(12, 16)
     weights = np.random.default_rng(4).normal(size=(2, 13, 24)).astype(np.float32)
     output = theirs(torch.from_numpy(inputs).permute(0, 3, 1, 2)).last_hidden_state

@@ -1,0 +1,119 @@
+"""``cast-convert MODEL SOURCE DESTINATION``: published PyTorch weights for ``config.init``.
+
+SOURCE is a Hugging Face folder, a .safetensors file or a .pth. DESTINATION becomes a folder with model.safetensors,
+config.json and classes.json (empty), which a run starts from with
+
+    --config.init.student=DESTINATION        (and start_parts ("encoder",), or ("encoder", "decoder") with a neck)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cast_jax.convert import dinov2 as dinov2_keys
+from cast_jax.convert.engine import converted, plan, write_tensors
+from cast_jax.convert.models import (
+    MODELS,
+    PretrainedConfig,
+    check_facts,
+    parameter_shapes,
+    pretrained_config,
+    relatives,
+)
+from cast_jax.convert.sources import open_checkpoint
+from cast_jax.convert.verify import format_stages, verify
+from cast_jax.core.config import to_json
+from cast_jax.core.errors import UserError
+from cast_jax.core.files import write_json
+
+WEIGHTS = "model.safetensors"
+
+
+def convert(name: str, source: Path, destination: Path, changes: Mapping[str, Any] | None = None) -> PretrainedConfig:
+    """Converts; memory stays below the checkpoint's size, and nothing appears in ``destination`` unless all went well.
+
+    Raises:
+      UserError: an unreadable source, or one that does not make the model (see ``engine.plan``), or whose
+        ``config.json`` describes another; a destination that is a file, or the source's own folder.
+    """
+    if destination.exists() and not destination.is_dir():
+        raise UserError(f"{destination}: the destination is a file; name a folder")
+    if destination.resolve() in (source.resolve(), source.resolve().parent):
+        raise UserError(f"{destination}: the destination holds the source; name another folder")
+    checkpoint = open_checkpoint(source)
+    config = pretrained_config(name, checkpoint, changes)
+    shapes = parameter_shapes(config)
+    origins = plan(checkpoint, config.rules, shapes, name, lambda: relatives(name, checkpoint))
+    check_facts(config, checkpoint)
+    described = {
+        "model": to_json(dataclasses.asdict(config)),
+        "converted": {
+            "name": name,
+            "source": str(source),
+            "keys": "hugging_face" if dinov2_keys.hugging_face(checkpoint.shapes) else "official",
+            "dtypes": sorted({checkpoint.dtypes[origin.key] for origin in origins.values()}),
+        },
+    }
+
+    def describe() -> None:
+        write_json(destination / "config.json", described)
+        write_json(destination / "classes.json", [])
+
+    write_tensors(destination / WEIGHTS, shapes, converted(checkpoint, origins), before=describe)
+    ignored = len(checkpoint.shapes) - len({origin.key for origin in origins.values()})
+    print(f"{name}: {len(shapes)} parameters from {source} ({ignored} keys ignored) in {destination / WEIGHTS}")
+    if narrow := [dtype for dtype in described["converted"]["dtypes"] if dtype.lower() not in ("f32", "float32")]:
+        print(f"converted to float32 from {', '.join(narrow)}")
+    return config
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; what the user can mend ends with its message and exit code 1."""
+    parser = argparse.ArgumentParser(
+        prog="cast-convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", help=", ".join(MODELS))
+    parser.add_argument("source", metavar="SOURCE", type=Path)
+    parser.add_argument("destination", metavar="DESTINATION", type=Path)
+    parser.add_argument("--verify", action="store_true", help="compare every stage with PyTorch's (needs torch)")
+    parser.add_argument(
+        "--config", metavar="KEY=VALUE", action="append", default=[], help="other sizes, e.g. encoder.depth=3"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        config = convert(options.model, options.source, options.destination, parse_changes(options.config))
+        if options.verify:
+            stages = verify(config, options.source, options.destination / WEIGHTS)
+            print(format_stages(stages))
+            if failed := [stage.name for stage in stages if not stage.passed]:
+                raise UserError(f"beyond the tolerance: {', '.join(failed)}")
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def parse_changes(pairs: Sequence[str]) -> dict[str, Any]:
+    """``["encoder.depth=3"]`` as ``{"encoder": {"depth": 3}}``; values are JSON, or else text.
+
+    Raises:
+      UserError: no ``=``, or a key that is both a part and a value.
+    """
+    changes: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        *parents, leaf = key.split(".")
+        node = changes
+        for parent in parents:
+            node = node.setdefault(parent, {}) if isinstance(node, dict) else node
+        if not equals or not all(key.split(".")) or not isinstance(node, dict):
+            raise UserError(f"--config {pair}: must be like encoder.depth=3")
+        try:
+            node[leaf] = json.loads(text)
+        except ValueError:
+            node[leaf] = text
+    return changes

@@ -1,0 +1,150 @@
+"""Checkpoints as they are published: Hugging Face folders, ``.safetensors`` files, PyTorch's ``.pth``."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from cast_jax.core.errors import UserError
+from cast_jax.core.files import read_json
+
+# What training programs wrap around the weights, unwrapped in this order (DINOv2 training: "teacher"; UniMatch-V2 and
+# SAM2: "model"; OpenMMLab and Lightning: "state_dict").
+WRAPPERS = ("state_dict", "model", "teacher")
+PREFIX = "module."  # DistributedDataParallel's
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A source's tensors by key: shapes and dtypes at once, the values (as float32) one at a time."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    read: Callable[[str], np.ndarray]
+    config: dict[str, Any]  # of the Hugging Face folder; else empty
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens a Hugging Face folder (sharded or not), a ``.safetensors`` file or a ``.pth``; reads no values yet.
+
+    Raises:
+      UserError: no such file, a folder without weights, a damaged file, a pickle that holds more than tensors, shards
+        that are missing, lie outside the folder or share keys.
+    """
+    if path.is_dir():
+        config = _json(path / "config.json") if (path / "config.json").exists() else {}
+        return _open_folder(path, config)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path, [path], {})
+    if path.suffix in (".pth", ".pt", ".bin"):
+        return _open_torch(path)
+    raise UserError(f"{path}: not a folder, a .safetensors or a .pth file")
+
+
+def _open_folder(folder: Path, config: dict[str, Any]) -> Checkpoint:
+    """One file or an index of shards; links are followed, since that is how Hugging Face's cache stores them."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return _open_safetensors(folder, [single], config)
+    if not index.exists():
+        raise UserError(f"{folder}: neither {single.name} nor {index.name} in this folder")
+    names = _json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{index}: no weight_map from keys to files")
+    files = sorted(set(names.values()))
+    if bad := [name for name in files if re.search(r"[/\\]", name) or not name.endswith(".safetensors")]:
+        raise UserError(f"{index}: a shard must be a .safetensors file in the same folder, not {', '.join(bad)}")
+    if lost := [name for name in files if not (folder / name).exists()]:
+        raise UserError(f"{index}: missing {', '.join(lost)}")
+    checkpoint = _open_safetensors(folder, [folder / name for name in files], config)
+    if absent := [key for key in names if key not in checkpoint.shapes]:
+        raise UserError(f"{index}: in no shard: {', '.join(absent[:5])}")
+    return checkpoint
+
+
+def _open_safetensors(path: Path, files: list[Path], config: dict[str, Any]) -> Checkpoint:
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
+    places: dict[str, tuple[Path, Any]] = {}
+    twice: list[str] = []
+    for name in files:
+        try:
+            file = safe_open(name, "numpy")
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                twice += [f"{key} ({places[key][0].name}, {name.name})"] if key in places else []
+                places[key] = name, file
+                shapes[key] = tuple(file.get_slice(key).get_shape())
+                dtypes[key] = file.get_slice(key).get_dtype()
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{name}: not a readable safetensors file: {error}") from error
+    if twice:
+        raise UserError(f"{path}: keys in more than one shard: {', '.join(twice[:5])}")
+    return Checkpoint(path, shapes, dtypes, lambda key: _as_float32(places[key][1].get_tensor(key)), config)
+
+
+def _as_float32(array: np.ndarray) -> np.ndarray:
+    return array if array.dtype == np.float32 else array.astype(np.float32)
+
+
+def _open_torch(path: Path) -> Checkpoint:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"{path}: reading PyTorch files needs torch: pip install 'cast_jax[convert]'") from error
+    try:
+        # Files from before PyTorch 1.6 are no archives and cannot be mapped.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: refused; not PyTorch weights, or a pickle with more than those: {reason}") from error
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: not a readable PyTorch file: {str(error).partition(chr(10))[0]}") from error
+    tensors = unwrap(content, path)
+    if others := [key for key, value in tensors.items() if not isinstance(value, torch.Tensor)]:
+        raise UserError(f"{path}: no weights: {', '.join(map(str, others[:5]))} is no tensor")
+    return Checkpoint(
+        path,
+        {key: tuple(tensor.shape) for key, tensor in tensors.items()},
+        {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in tensors.items()},
+        lambda key: tensors[key].detach().float().numpy(),
+        {},
+    )
+
+
+def unwrap(content: Any, path: Path) -> dict[str, Any]:
+    """The weights inside ``WRAPPERS`` and without ``PREFIX``.
+
+    Raises:
+      UserError: there is no mapping with keys.
+    """
+    while isinstance(content, Mapping):
+        inner = next((content[name] for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f"{path}: no weights in it, but a {type(content).__name__}")
+    if all(str(key).startswith(PREFIX) for key in content):
+        return {key.removeprefix(PREFIX): value for key, value in content.items()}
+    return {str(key): value for key, value in content.items()}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value

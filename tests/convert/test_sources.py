@@ -1,0 +1,163 @@
+"""Checkpoints in every published form are opened; what is no checkpoint is refused with the reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cast_jax.convert.sources import open_checkpoint
+from cast_jax.core.errors import UserError
+
+WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([0.5, -2.0])}
+
+
+def sharded(folder, weight_map, shards):
+    folder.mkdir(exist_ok=True)
+    for name, tensors in shards.items():
+        save_file(tensors, folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def values(path):
+    checkpoint = open_checkpoint(path)
+    assert all(checkpoint.read(key).dtype == np.float32 for key in checkpoint.shapes)
+    return {key: checkpoint.read(key).tolist() for key in checkpoint.shapes}
+
+
+EXPECTED = {key: tensor.tolist() for key, tensor in WEIGHTS.items()}
+
+
+def test_safetensors_alone_in_a_folder_and_in_shards(tmp_path):
+    save_file(WEIGHTS, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
+    assert values(tmp_path / "model.safetensors") == EXPECTED
+    assert values(tmp_path) == EXPECTED
+    assert open_checkpoint(tmp_path).config == {"model_type": "dinov2"}
+    shards = {"x-1.safetensors": {"a.weight": WEIGHTS["a.weight"]}, "x-2.safetensors": {"b": WEIGHTS["b"]}}
+    index = {key: name for name, tensors in shards.items() for key in tensors}
+    assert values(sharded(tmp_path / "shards", index, shards)) == EXPECTED
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_other_precisions_become_float32(tmp_path, dtype, suffix):
+    path = tmp_path / f"x.{suffix}"
+    tensors = {key: tensor.to(dtype) for key, tensor in WEIGHTS.items()}
+    save_file(tensors, path) if suffix == "safetensors" else torch.save(tensors, path)
+    assert values(path) == EXPECTED
+    assert set(open_checkpoint(path).dtypes.values()) & {"F16", "BF16", "F64", "float16", "bfloat16", "float64"}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda weights: weights,
+        lambda weights: {"model": weights, "epoch": 3},
+        lambda weights: {"state_dict": weights, "optimizer": {"lr": 0.1}},
+        lambda weights: {"teacher": {f"module.{key}": value for key, value in weights.items()}},
+    ],
+)
+def test_wrappers_are_unwrapped(tmp_path, wrap):
+    path = tmp_path / "x.pth"
+    torch.save(wrap(WEIGHTS), path)
+    assert values(path) == EXPECTED
+
+
+def test_files_from_before_zip_archives(tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save(WEIGHTS, path, _use_new_zipfile_serialization=False)
+    assert values(path) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "..\\x.safetensors", ".."]
+)
+def test_shards_must_not_leave_the_folder(tmp_path, name):
+    save_file(WEIGHTS, tmp_path / "outside.safetensors")
+    folder = sharded(tmp_path / "model", {"b": name}, {})
+    with pytest.raises(UserError, match=r"a shard must be a \.safetensors file in the same folder"):
+        open_checkpoint(folder)
+
+
+def test_faulty_shards(tmp_path):
+    folder = sharded(tmp_path / "lost", {"b": "x.safetensors"}, {})
+    with pytest.raises(UserError, match=r"index\.json: missing x\.safetensors"):
+        open_checkpoint(folder)
+    folder = sharded(tmp_path / "lost_key", {"b": "x.safetensors", "c": "x.safetensors"}, {"x.safetensors": WEIGHTS})
+    with pytest.raises(UserError, match=r"in no shard: c"):
+        open_checkpoint(folder)
+    both = {"x.safetensors": WEIGHTS, "y.safetensors": WEIGHTS}
+    folder = sharded(tmp_path / "twice", {"a.weight": "x.safetensors", "b": "y.safetensors"}, both)
+    with pytest.raises(UserError, match=r"keys in more than one shard: a\.weight \(x\.safetensors, y\.safetensors\)"):
+        open_checkpoint(folder)
+    (folder / "model.safetensors.index.json").write_text("[1]")
+    with pytest.raises(UserError, match="not a JSON object"):
+        open_checkpoint(folder)
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harmed",)
+
+
+def test_code_in_a_pickle_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, write in (("a.pth", lambda path: torch.save({"x": Harmful()}, path)), ("b.pth", _pickle)):
+        write(tmp_path / name)
+        with pytest.raises(UserError, match=r"refused"):
+            open_checkpoint(tmp_path / name)
+    assert not (tmp_path / "harmed").exists()
+
+
+def _pickle(path):
+    path.write_bytes(pickle.dumps({"x": Harmful()}))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.safetensors", b"not weights", "not a readable safetensors"),
+        ("x.pth", b"not weights", "x.pth: "),
+        ("x.pth", b"", "x.pth: "),
+        ("x.txt", b"text", r"not a folder, a \.safetensors or a \.pth"),
+        ("nowhere/else.pth", None, "no such file"),
+        ("", None, "neither model.safetensors nor model.safetensors.index.json"),
+    ],
+)
+def test_what_is_no_checkpoint(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        open_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_truncated_files(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    big = {"a": torch.zeros(1000)}
+    save_file(big, path) if suffix == "safetensors" else torch.save(big, path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(UserError, match=rf"x\.{suffix}: (not a readable|refused)"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {}, {"epoch": 3}])
+def test_files_without_weights(tmp_path, content):
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="no weights"):
+        open_checkpoint(tmp_path / "x.pth")
+
+
+def test_without_torch_it_says_what_to_install(tmp_path, monkeypatch):
+    torch.save(WEIGHTS, tmp_path / "x.pth")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r"pip install 'cast_jax\[convert\]'"):
+        open_checkpoint(tmp_path / "x.pth")
