@@ -36,6 +36,7 @@ from cast_jax.predict import Predictor
 from cast_jax.preflight import (
     EVALUATED,
     TEACHERS,
+    as_converted,
     check_images,
     check_order,
     check_parameters,
@@ -77,7 +78,7 @@ class Pipeline:
 
     def __init__(self, config: Mapping[str, Any], workdir: Path):
         """``config`` holds the fields of :class:`RunConfig`. Raises :class:`UserError` where it does not."""
-        self.config, self.workdir = build(RunConfig, config, "config"), workdir
+        self.config, self.workdir = as_converted(build(RunConfig, config, "config")), workdir
 
     @functools.cached_property
     def mesh(self) -> Mesh:

@@ -20,6 +20,9 @@ from cast_jax.data.sources.base import Source
 from cast_jax.models.functional import Functional, Params
 from cast_jax.models.segmenter import score_instances
 
+# Mask logits beyond this are as good as certain (a probability of 0.982).
+SATURATION = 4.0
+
 
 class Predictor:
     """Runs a segmenter over a source.
@@ -107,6 +110,10 @@ def mask_at_original(
 ) -> np.ndarray:
     """The mask at the image's own size: bool ``[height, width]``, mask logits interpolated bilinearly and cut at 0.
 
+    Logits are bounded by ``SATURATION`` before (chosen): the background's are far larger than a small object's, which
+    moves the zero between two of them inwards by up to a quarter of a grid cell. Self-training adds up such a loss
+    (BENCHMARKS.md).
+
     Args:
       logits: on a grid over the whole canvas.
       valid_box: (top, left, bottom, right), where the image lies on the canvas.
@@ -120,4 +127,5 @@ def mask_at_original(
     shift_y, shift_x = top * h / canvas[0] + 0.5 * scale_y - 0.5, left * w / canvas[1] + 0.5 * scale_x - 0.5
     matrix = np.array([[scale_x, 0.0, shift_x], [0.0, scale_y, shift_y]], np.float32)
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(logits, matrix, (size[1], size[0]), flags=flags, borderMode=cv2.BORDER_REPLICATE) > 0
+    bounded = np.clip(logits, -SATURATION, SATURATION)
+    return cv2.warpAffine(bounded, matrix, (size[1], size[0]), flags=flags, borderMode=cv2.BORDER_REPLICATE) > 0

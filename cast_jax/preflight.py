@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,6 +72,10 @@ def _settled(config: Mapping[str, Any], begun: set[str]) -> dict[str, Any]:
     free = ("step", "file", "runtime", "mesh", "evaluate")
     steps = {name: step for name, step in config["steps"].items() if name in begun}
     return {key: value for key, value in config.items() if key not in free} | {"steps": steps}
+
+
+# Fields of an encoder that change how it is trained, not what its weights mean.
+ONLY_TRAINING = ("remat", "drop_path", "dropout", "layer_scale")
 
 
 def check_settings(run: RunConfig, mesh: Mesh) -> None:
@@ -250,6 +255,41 @@ def starting_weights(run: RunConfig, name: str, workdir: Path) -> tuple[str, Pat
         return f"config.steps.{name}.start", result(workdir, step.start)
     given = run.init.get(step.model)
     return f"config.init.{step.model}", weights_file(given) if given else None
+
+
+def as_converted(run: RunConfig) -> RunConfig:
+    """``run`` with encoders as the converted weights in ``init`` were trained, where no tensor's shape shows it.
+
+    What the checkpoint's origin decides (how a position embedding is resized) is taken over; what else a checkpoint
+    says of its encoder (the number of heads) must be so in ``model``.
+
+    Raises:
+      UserError: listing what differs.
+    """
+    models = dict(run.model)
+    for role, given in run.init.items():
+        described = weights_file(given).parent / "config.json"
+        if not given or role not in models or not described.exists():
+            continue
+        stored = read_json(described)
+        if "converted" not in stored:
+            continue  # an export of our own: its model is spelled out in the configuration that made it
+        encoder = models[role].get("encoder", {})
+        if isinstance(encoder, Mapping):
+            models[role] = {**models[role], "encoder": {**stored["converted"]["decided"], **encoder}}
+        ours = to_json(dataclasses.asdict(segmenter_config(models[role], f"config.model.{role}").encoder))
+        theirs = stored["model"]["encoder"]
+        faults = [
+            f"{key} is {ours[key]}, there {theirs[key]}"
+            for key in ours
+            if key in theirs and key not in ONLY_TRAINING and ours[key] != theirs[key]
+        ]
+        if faults:
+            raise UserError(
+                f"config.init.{role}: {given} holds another encoder than config.model.{role}.encoder: "
+                f"{'; '.join(faults)}"
+            )
+    return dataclasses.replace(run, model=models)
 
 
 def weights_file(given: str) -> Path:

@@ -2,18 +2,22 @@
 
 python -m cast_jax.main --config configs/cityscapes.py:cast --workdir runs/cityscapes --config.data.root=PATH
 
-``root`` holds leftImg8bit/ and gtFine/ as released.
+``root`` holds leftImg8bit/ and gtFine/ as released. The rows of the paper's Table 5 are other parts of the student:
+
+    encoders: configs/cityscapes.py:cast,encoder=resnet50   (or sam2_s; dinov2_s is the paper's choice)
+    decoders: configs/cityscapes.py:cast,decoder=fpn        (dpt is the paper's choice)
 """
 
 from configs import common
 
 
 def get_config(argument: str = "cast"):
-    """``step[,seed=0][,smoke][,labelled=298]``."""
-    arguments = common.parse_arguments(argument, labelled=298)
+    """``step[,seed=0][,smoke][,labelled=298][,encoder=dinov2_s][,decoder=dpt]``."""
+    arguments = common.parse_arguments(argument, labelled=298, encoder="dinov2_s", decoder="dpt")
     config = common.base(arguments, "configs/cityscapes.py")
     config.data.kind = "cityscapes"
     config.data.update({"root": "", "split": "", "labelled": arguments.labelled})
+    common.student_parts(config, arguments.encoder, arguments.decoder)
     if arguments.smoke:
         common.smoke(config)
         config.data.labelled = 4

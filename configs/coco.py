@@ -10,10 +10,14 @@ from configs import common
 
 
 def get_config(argument: str = "cast"):
-    """``step[,seed=0][,smoke][,size=518]``; ``size`` is the side of the square that images are fitted into."""
-    arguments = common.parse_arguments(argument, size=518)
+    """``step[,seed=0][,smoke][,size=518][,encoder=dinov2_s][,decoder=dpt]``.
+
+    ``size`` is the side of the square that images are fitted into; encoders of stride 32 need 448 or 672.
+    """
+    arguments = common.parse_arguments(argument, size=518, encoder="dinov2_s", decoder="dpt")
     config = common.base(arguments, "configs/coco.py")
     config.data.kind = "coco"
+    common.student_parts(config, arguments.encoder, arguments.decoder)
     config.data.image_size = (arguments.size, arguments.size)
     config.data.update({"labelled": "", "unlabelled": "", "val": "", "labelled_images": "", "val_images": ""})
     if arguments.smoke:

@@ -168,6 +168,21 @@ def _step(
     }
 
 
+def student_parts(config: ConfigDict, encoder: str, decoder: str) -> None:
+    """Another encoder or decoder in the paper's student.
+
+    Encoders of stride 32 see a canvas whose sides are multiples of 32 and of the teacher's 14.
+    """
+    if encoder != "dinov2_s":
+        config.model.student.encoder = {"name": encoder}
+    if decoder != "dpt":
+        config.model.student.decoder = {"name": decoder}
+    if not encoder.startswith("resnet"):
+        config.model.student.encoder = {**config.model.student.get("encoder", {}), "remat": True}
+    if not encoder.startswith("dinov2"):
+        config.data.image_size = (448, 896)
+
+
 def tiny_models(config: ConfigDict, image_size: tuple[int, int]) -> None:
     """Models and losses for two CPU cores: learned from scratch on small images."""
     config.model = {"teacher": {"name": "teacher_tiny"}, "student": {"name": "student_tiny"}}

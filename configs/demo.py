@@ -8,12 +8,12 @@ Scenes of a source look stand in for what a foundation model has seen; the task 
 from configs import common
 
 STEPS = {
-    "pretrain": 500,
-    "finetune": 100,
-    "adapt": 100,
-    "distill": 300,
-    "refine": 100,
-    "student_supervised": 400,
+    "pretrain": 3000,
+    "finetune": 150,
+    "adapt": 200,
+    "distill": 500,
+    "refine": 120,
+    "student_supervised": 620,
 }
 
 
@@ -35,8 +35,12 @@ def get_config(argument: str = "cast"):
         config.data.labelled = 4
         return config
     common.tiny_models(config, (64, 128))
-    for role, mask_decoder in (("teacher", {"query_stride": 4}), ("student", {"query_stride": 4, "num_layers": 1})):
-        config.model[role] = {"name": "student_resnet_tiny", "mask_decoder": mask_decoder}
+    for role in config.model:
+        config.model[role] = {
+            "name": "student_resnet_tiny",
+            "decoder": {"name": "fpn", "features": 24},
+            "mask_decoder": {"query_stride": 6, "num_layers": 1},
+        }
     config.data.max_instances = 24
     config.data.generated = {"train": 160, "val": 60, "source": 600, "image_size": (128, 256), "seed": 0}
     # A scene's objects are a dozen pixels wide: crops stay near the size that is predicted at.
@@ -44,6 +48,7 @@ def get_config(argument: str = "cast"):
     common.small_steps(config, STEPS, log_every=20, save_every=100)
     config.steps.pretrain.data.views = ("strong",)
     config.steps.pretrain.objective.supervised_views = ("strong",)
-    for name in ("finetune", "adapt"):
+    for name in ("finetune", "adapt", "refine"):
         config.steps[name].optimizer.learning_rate = 1e-3
+    config.pseudo_labels.threshold = 0.5
     return config

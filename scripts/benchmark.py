@@ -2,11 +2,13 @@
 
 python scripts/benchmark.py contrastive      the samplers with the loss, forward and backward
 python scripts/benchmark.py step             one student update, with and without the contrastive term
+python scripts/benchmark.py encoder          DINOv2-S and the DPT neck at 518 x 518 against PyTorch eager (needs torch)
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -17,10 +19,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.contrastive.loss import contrastive_loss
+from cast_jax.convert.dinov2 import reference as reference_dinov2
+from cast_jax.convert.dpt import reference as reference_dpt
 from cast_jax.losses.set_criterion import CriterionConfig
+from cast_jax.models.dinov2 import DinoV2, DinoV2Config, dinov2_s
+from cast_jax.models.dpt import Dpt, DptConfig
 from cast_jax.models.functional import Functional
 from cast_jax.models.registry import build_segmenter, segmenter_config
 from cast_jax.models.student import ProjectionHead
@@ -29,7 +36,11 @@ from cast_jax.recipes.semi_supervised import ObjectiveConfig, SemiSupervised
 
 def main() -> None:
     """Runs one benchmark."""
-    benchmarks: dict[str, Callable[[int], list[dict[str, Any]]]] = {"contrastive": contrastive, "step": student_step}
+    benchmarks: dict[str, Callable[[int], list[dict[str, Any]]]] = {
+        "contrastive": contrastive,
+        "step": student_step,
+        "encoder": encoder,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=benchmarks)
     parser.add_argument("--repeats", type=int, default=7, help="timed calls of each variant, alternating")
@@ -92,6 +103,95 @@ def student_step(repeats: int) -> list[dict[str, Any]]:
     return compare(variants, repeats)
 
 
+def encoder(repeats: int) -> list[dict[str, Any]]:
+    """One image of 518 x 518, float32; the gradient is that of the results' sum, for all parameters."""
+    import torch
+
+    layers, grid, size = (2, 5, 8, 11), (37, 37), 518
+    backbone = reference_dinov2(dinov2_s()).eval()
+    neck = reference_dpt(dinov2_s(), DptConfig(), layers).neck.eval()
+    image, tokens = torch.randn(1, 3, size, size), [torch.randn(1, 1 + 37 * 37, 384) for _ in layers]
+
+    def torch_encoder():
+        return backbone(image).last_hidden_state
+
+    def torch_neck():
+        return neck(tokens, *grid)[-1]
+
+    def torch_backward(forward, model):
+        model.zero_grad()
+        forward().sum().backward()
+
+    def torch_forward(forward):
+        with torch.inference_mode():
+            forward()
+
+    keys = jax.random.split(jax.random.key(0), 5)
+    pixels = jax.random.normal(keys[0], (1, size, size, 3))
+    maps = [jax.random.normal(key, (1, *grid, 384)) for key in keys[1:]]
+    rows = []
+    for name, model, inputs, theirs, module in (
+        ("DINOv2-S", _last_map(dinov2_s()), pixels, torch_encoder, backbone),
+        ("DINOv2-S, remat", _last_map(dinov2_s(remat=True)), pixels, torch_encoder, backbone),
+        ("DPT-S", Functional(lambda rngs: Dpt(384, DptConfig(finest_scale=8), rngs=rngs)), maps, torch_neck, neck),
+    ):
+        params = model.init(jax.random.key(1))
+
+        def loss(params, inputs, model=model):
+            result = model.apply(params, inputs)
+            return (result[0] if isinstance(result, tuple) else result).sum()
+
+        for part, function in (("forward", loss), ("forward + backward", jax.grad(loss))):
+            compiled = jax.jit(function).lower(params, inputs).compile()
+            other = (
+                functools.partial(torch_forward, theirs)
+                if part == "forward"
+                else functools.partial(torch_backward, theirs, module)
+            )
+            ours = _medians({"jax": functools.partial(_run, compiled, params, inputs), "torch": other}, repeats)
+            rows.append(
+                {
+                    "network": name,
+                    "part": part,
+                    "jax ms": round(1e3 * ours["jax"], 1),
+                    "torch ms": round(1e3 * ours["torch"], 1),
+                    "torch / jax": round(ours["torch"] / ours["jax"], 2),
+                    "temporary MiB (jax)": temporary_mib(compiled),
+                }
+            )
+    return rows
+
+
+def _last_map(config: DinoV2Config) -> Functional:
+    """The encoder up to its last map."""
+
+    class Last(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.encoder = DinoV2(config, rngs=rngs)
+
+        def __call__(self, images, *, rngs=None):
+            return self.encoder(images, layers=(config.depth - 1,), rngs=rngs)[0]
+
+    return Functional(lambda rngs: Last(rngs))
+
+
+def _run(compiled, *arguments) -> None:
+    jax.block_until_ready(compiled(*arguments))
+
+
+def _medians(variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, called in turn, after one call that is not timed."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for run in variants.values():
+        run()
+    for _ in range(repeats):
+        for name, run in variants.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
 def _group(key: jax.Array, count: int, size: tuple[int, int], instances: int, classes: int) -> dict[str, Any]:
     """Random views of the loader's shapes."""
     height, width = size
@@ -130,10 +230,15 @@ def compare(variants: dict[str, tuple[Any, tuple[Any, ...]]], repeats: int) -> l
             "median ms": round(1e3 * statistics.median(seconds), 1),
             "least ms": round(1e3 * min(seconds), 1),
             "ratio to first": round(statistics.median(seconds) / first, 2),
-            "temporary MiB": round(variants[name][0].memory_analysis().temp_size_in_bytes / 2**20, 1),
+            "temporary MiB": temporary_mib(variants[name][0]),
         }
         for name, seconds in times.items()
     ]
+
+
+def temporary_mib(compiled: Any) -> float:
+    """Memory that a compiled function needs beside its arguments and results."""
+    return round(compiled.memory_analysis().temp_size_in_bytes / 2**20, 1)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -14,9 +14,11 @@ import pytest
 from cast_jax.core.annotations import Category
 from cast_jax.core.config import build, to_json
 from cast_jax.core.errors import MissingStepError, UserError
+from cast_jax.core.files import write_json
 from cast_jax.core.sharding import make_mesh
 from cast_jax.export import save_weights
-from cast_jax.preflight import check_images, check_order, check_parameters, make_workdir, require_same
+from cast_jax.models.registry import segmenter_config
+from cast_jax.preflight import as_converted, check_images, check_order, check_parameters, make_workdir, require_same
 from cast_jax.settings import RunConfig
 from configs import coco, demo
 
@@ -160,3 +162,28 @@ def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "run", type(tmp_path)("/proc/run")):
         with pytest.raises(UserError, match=rf"--workdir {path} cannot be written to \(.+\); name another folder"):
             make_workdir(path)
+
+
+def test_an_encoder_is_resized_as_its_checkpoint_was_trained(tmp_path):
+    """The convention comes with the converted weights; what contradicts them is refused."""
+    encoder = {"embed_dim": 64, "num_heads": 2, "position_offset": 0.1, "position_antialias": False, "drop_path": 0.5}
+    write_json(
+        tmp_path / "config.json",
+        {"model": {"encoder": encoder}, "converted": {"decided": {"position_offset": 0.1, "num_register_tokens": 0}}},
+    )
+
+    def change(values):
+        values["model"]["student"] = {"name": "student_tiny"}
+        values["init"]["student"] = str(tmp_path)
+
+    adopted = as_converted(run_config(change))
+    assert segmenter_config(adopted.model["student"]).encoder.position_offset == 0.1
+    assert segmenter_config(run_config(change).model["student"]).encoder.position_offset == 0.0
+    assert adopted.model["teacher"] == run_config(change).model["teacher"]
+
+    def contradict(values):
+        change(values)
+        values["model"]["student"]["encoder"] = {"num_heads": 4}
+
+    with pytest.raises(UserError, match=r"config\.init\.student: .* num_heads is 4, there 2"):
+        as_converted(run_config(contradict))

@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cast_jax.convert import dinov2 as dinov2_keys
 from cast_jax.convert.engine import converted, plan, write_tensors
 from cast_jax.convert.models import (
     MODELS,
     PretrainedConfig,
     check_facts,
+    known_model,
     parameter_shapes,
     pretrained_config,
     relatives,
@@ -46,7 +46,7 @@ def convert(name: str, source: Path, destination: Path, changes: Mapping[str, An
         raise UserError(f"{destination}: the destination is a file; name a folder")
     if destination.resolve() in (source.resolve(), source.resolve().parent):
         raise UserError(f"{destination}: the destination holds the source; name another folder")
-    checkpoint = open_checkpoint(source)
+    checkpoint = known_model(name).network.prepared(open_checkpoint(source))
     config = pretrained_config(name, checkpoint, changes)
     shapes = parameter_shapes(config)
     origins = plan(checkpoint, config.rules, shapes, name, lambda: relatives(name, checkpoint))
@@ -56,7 +56,8 @@ def convert(name: str, source: Path, destination: Path, changes: Mapping[str, An
         "converted": {
             "name": name,
             "source": str(source),
-            "keys": "hugging_face" if dinov2_keys.hugging_face(checkpoint.shapes) else "official",
+            "keys": config.network.layout(checkpoint.shapes),
+            "decided": config.network.found(checkpoint.shapes),
             "dtypes": sorted({checkpoint.dtypes[origin.key] for origin in origins.values()}),
         },
     }

@@ -7,9 +7,14 @@ version 4 (``attention.attention.query``) although the modules of version 5 have
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
 
 from cast_jax.convert.engine import Rule, affine, ignore
+from cast_jax.convert.sources import Checkpoint
+from cast_jax.models.dinov2 import DinoV2Config
 
 _BLOCK = r"(?:\w+\.)?blocks\.(?:\d+\.)?(\d+)"  # training checkpoints group the blocks: blocks.<group>.<number>
 _LAYER = r"(?:\w+\.)?encoder\.layer\.(\d+)"
@@ -68,23 +73,75 @@ HEADS: tuple[Rule, ...] = ignore(r"(dino_head|ibot_head|depth_head|head|neck|cla
 RULES: tuple[Rule, ...] = (*OFFICIAL, *HUGGING_FACE)
 
 
-def hugging_face(keys: Iterable[str]) -> bool:
-    """Whether the file has Hugging Face's names rather than the official release's."""
-    return any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in keys)
+def prepared(checkpoint: Checkpoint) -> Checkpoint:
+    """The file as it is."""
+    return checkpoint
 
 
-def register_tokens(shapes: dict[str, tuple[int, ...]]) -> int:
-    """The number of registers in the file: 0 or 4 in what is published."""
-    found = [shape[-2] for key, shape in shapes.items() if key.endswith("register_tokens") and len(shape) >= 2]
-    return found[0] if found else 0
+def layout(keys: Iterable[str]) -> str:
+    """``hugging_face`` or ``official``."""
+    return (
+        "hugging_face"
+        if any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in keys)
+        else "official"
+    )
 
 
-def positions(hugging_face: bool, registers: int) -> dict[str, float | bool]:
-    """How the release resizes its position embedding (design/porting.md), as fields of ``DinoV2Config``.
+def found(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The number of registers and, by the file's origin, how the position embedding is resized (design/porting.md).
 
     The official code scales by (n + 0.1) / grid, Hugging Face by size; with registers both by size, antialiased.
     """
+    tokens = [shape[-2] for key, shape in shapes.items() if key.endswith("register_tokens") and len(shape) >= 2]
+    registers = tokens[0] if tokens else 0  # 0 or 4 in what is published
+    by_size = layout(shapes) == "hugging_face" or registers
     return {
-        "position_offset": 0.0 if hugging_face or registers else 0.1,
+        "num_register_tokens": registers,
+        "position_offset": 0.0 if by_size else 0.1,
         "position_antialias": registers > 0,
     }
+
+
+def facts(given: Mapping[str, Any], config: DinoV2Config) -> dict[str, tuple[Any, Any]]:
+    """What no tensor's shape shows; absent keys are at Hugging Face's defaults."""
+    given = given.get("backbone_config") or given
+    return {
+        "num_attention_heads": (given.get("num_attention_heads", 12), config.num_heads),
+        "hidden_act": (given.get("hidden_act", "gelu"), "gelu"),
+        "layer_norm_eps": (given.get("layer_norm_eps", 1e-6), 1e-6),
+    }
+
+
+def sizes(config: DinoV2Config) -> dict[str, Any]:
+    """The arguments of Hugging Face's configuration."""
+    registers = {"num_register_tokens": config.num_register_tokens} if config.num_register_tokens else {}
+    return {
+        "hidden_size": config.embed_dim,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.num_heads,
+        "patch_size": config.patch_size,
+        "image_size": config.position_grid * config.patch_size,
+        "mlp_ratio": int(config.mlp_ratio),
+        "use_swiglu_ffn": config.ffn == "swiglu",
+        **registers,
+    }
+
+
+def reference(config: DinoV2Config) -> Any:
+    """Hugging Face's PyTorch module, which resizes positions by size whatever the file's origin."""
+    import transformers
+
+    if config.num_register_tokens:
+        return transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**sizes(config)))
+    return transformers.Dinov2Model(transformers.Dinov2Config(**sizes(config)))
+
+
+def reference_stages(model: Any, images: Any) -> dict[str, np.ndarray]:
+    """The tokens before the blocks and, normed, after each."""
+    tokens = model.embeddings(images)
+    stages = {"embedding": tokens.numpy()}
+    for number, layer in enumerate(model.encoder.layer):
+        output = layer(tokens)
+        tokens = output[0] if isinstance(output, tuple) else output  # transformers 4 returned a tuple
+        stages[f"blocks/{number}"] = model.layernorm(tokens).numpy()
+    return stages

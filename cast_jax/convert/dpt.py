@@ -6,7 +6,15 @@ last) and Hugging Face's ``convert_depth_anything_to_hf.py``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cast_jax.convert import dinov2
 from cast_jax.convert.engine import Rule, affine, ignore
+from cast_jax.models.dinov2 import DinoV2Config
+from cast_jax.models.dpt import DptConfig
 
 
 def _reassemble(project: str, resize: str) -> tuple[Rule, ...]:
@@ -54,3 +62,31 @@ OUTPUTS: tuple[Rule, ...] = ignore(
 )
 
 RULES: tuple[Rule, ...] = (*OFFICIAL, *HUGGING_FACE, *OUTPUTS)
+
+
+def reference(encoder: DinoV2Config, decoder: DptConfig, layers: Sequence[int]) -> Any:
+    """Hugging Face's Depth Anything, fed by the maps after ``layers`` (0-based); its depth head is not looked at."""
+    import transformers
+
+    backbone = getattr(transformers, f"Dinov2{'WithRegisters' if encoder.num_register_tokens else ''}Config")(
+        **dinov2.sizes(encoder),
+        out_indices=[layer + 1 for layer in layers],
+        reshape_hidden_states=False,
+        apply_layernorm=True,
+    )
+    config = transformers.DepthAnythingConfig(
+        backbone_config=backbone,
+        patch_size=encoder.patch_size,
+        reassemble_hidden_size=encoder.embed_dim,
+        neck_hidden_sizes=list(decoder.out_channels),
+        fusion_hidden_size=decoder.features,
+    )
+    return transformers.DepthAnythingForDepthEstimation(config)
+
+
+def reference_stages(model: Any, tokens: Sequence[np.ndarray], grid: tuple[int, int]) -> dict[str, np.ndarray]:
+    """The fused maps of PyTorch's neck, coarse to fine, from the encoder's tokens."""
+    import torch
+
+    maps = model.neck([torch.from_numpy(level) for level in tokens], *grid)
+    return {f"fusion/{n}": level.permute(0, 2, 3, 1).numpy() for n, level in enumerate(maps)}

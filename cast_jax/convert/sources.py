@@ -8,7 +8,7 @@ import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,9 @@ from cast_jax.core.files import read_json
 # SAM2: "model"; OpenMMLab and Lightning: "state_dict").
 WRAPPERS = ("state_dict", "model", "teacher")
 PREFIX = "module."  # DistributedDataParallel's
+BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +123,38 @@ def _open_torch(path: Path) -> Checkpoint:
         lambda key: tensors[key].detach().float().numpy(),
         {},
     )
+
+
+def fold_batch_norms(checkpoint: Checkpoint, epsilon: float = 1e-5) -> Checkpoint:
+    """A view in which each batch norm is ``<name>.scale`` and ``<name>.shift``, computed in float64 when they are read.
+
+    ``(x - mean) / sqrt(variance + epsilon) * weight + bias = x * scale + shift``.
+
+    Raises:
+      UserError: a batch norm lacks one of its tensors, or they differ in length.
+    """
+    names = [key.removesuffix(".running_mean") for key in checkpoint.shapes if key.endswith(".running_mean")]
+    members = {name: [f"{name}.{member}" for member in BATCH_NORM] for name in names}
+    for name, keys in members.items():
+        if lost := [key for key in keys if key not in checkpoint.shapes]:
+            raise UserError(f"{checkpoint.path}: the batch norm {name} lacks {', '.join(lost)}")
+        if len({checkpoint.shapes[key] for key in keys}) > 1:
+            raise UserError(f"{checkpoint.path}: the tensors of the batch norm {name} differ in length")
+    folded = {f"{name}.{part}": name for name in names for part in ("scale", "shift")}
+    gone = {key for keys in members.values() for key in keys} | {f"{name}.num_batches_tracked" for name in names}
+
+    def read(key: str) -> np.ndarray:
+        if key not in folded:
+            return checkpoint.read(key)
+        weight, bias, mean, variance = (checkpoint.read(member).astype(np.float64) for member in members[folded[key]])
+        scale = weight / np.sqrt(variance + epsilon)
+        return _as_float32(scale if key.endswith(".scale") else bias - mean * scale)
+
+    def view(values: dict[str, T]) -> dict[str, T]:
+        kept = {key: value for key, value in values.items() if key not in gone}
+        return kept | {key: values[f"{name}.weight"] for key, name in folded.items()}
+
+    return dataclasses.replace(checkpoint, shapes=view(checkpoint.shapes), dtypes=view(checkpoint.dtypes), read=read)
 
 
 def unwrap(content: Any, path: Path) -> dict[str, Any]:

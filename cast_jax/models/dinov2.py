@@ -215,6 +215,12 @@ class DinoV2(nnx.Module):
                 kept[number] = self.norm(tokens)
         return [kept[layer] for layer in layers]
 
+    def intermediates(self, images: Float[Array, "batch height width 3"]) -> dict[str, Array]:
+        """All tokens before the blocks and, normed, after each, by name."""
+        numbers = range(self.config.depth)
+        blocks = zip((f"blocks/{n}" for n in numbers), self.tokens(images, layers=numbers), strict=True)
+        return {"embedding": self._embed(images), **dict(blocks)}
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """The patch grid (rows, columns) of an image size."""
         patch = self.config.patch_size

@@ -15,6 +15,7 @@ from cast_jax.models import dinov2
 from cast_jax.models.dpt import DptConfig
 from cast_jax.models.functional import Functional
 from cast_jax.models.mask_decoder import MaskDecoderConfig
+from cast_jax.models.parts import DECODERS, ENCODERS, decoder_layers
 from cast_jax.models.resnet import ResNetConfig
 from cast_jax.models.student import Student, StudentConfig
 
@@ -104,18 +105,33 @@ SEGMENTERS: dict[str, Callable[[], StudentConfig]] = {
 def segmenter_config(spec: Mapping[str, Any], where: str = "model") -> StudentConfig:
     """The sizes that ``{"name": "student_s", "encoder": {...}, ...}`` describes: a named model with single changes.
 
+    An encoder or decoder that itself has a ``name`` takes the place of the model's:
+    ``{"name": "student_s", "encoder": {"name": "resnet50"}, "decoder": {"name": "fpn", "features": 128}}``. Another
+    encoder comes with its own ``encoder_layers`` unless they are given.
+
     Raises:
       UserError: an unknown name, part or field, with the known ones; sizes that do not go together.
     """
     changes = dict(spec)
-    name = changes.pop("name", None)
-    if name not in tuple(SEGMENTERS):
-        raise UserError(f"{where}.name {name!r} is unknown; known: {', '.join(SEGMENTERS)}")
-    named = vars(SEGMENTERS[name]())
+    name = _known(changes.pop("name", None), SEGMENTERS, f"{where}.name")
+    named = dict(vars(SEGMENTERS[name]()))
+    for part, known in (("encoder", ENCODERS), ("decoder", DECODERS)):
+        values = changes.get(part)
+        if isinstance(values, Mapping) and "name" in values:
+            named[part] = known[_known(values["name"], known, f"{where}.{part}.name")]()
+            changes[part] = {key: value for key, value in values.items() if key != "name"}
+            if part == "encoder":
+                named["encoder_layers"] = decoder_layers(named[part])
     for part, values in changes.items():
         if isinstance(values, Mapping) and dataclasses.is_dataclass(named.get(part)):
             changes[part] = build(type(named[part]), {**vars(named[part]), **values}, f"{where}.{part}")
     return build(StudentConfig, {**named, **changes}, where)
+
+
+def _known(name: Any, table: Mapping[str, Any], where: str) -> str:
+    if name not in tuple(table):
+        raise UserError(f"{where} {name!r} is unknown; known: {', '.join(table)}")
+    return name
 
 
 def check_image_size(config: StudentConfig, image_size: tuple[int, int]) -> None:

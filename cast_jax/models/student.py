@@ -1,4 +1,4 @@
-"""The student: DINOv2 or ResNet encoder, DPT decoder, masked-attention transformer decoder (method.md section 4).
+"""The student: encoder, DPT or FPN decoder, masked-attention transformer decoder (method.md section 4).
 
 The small teachers of the demo and of data without a foundation model are larger members of the same family.
 """
@@ -12,19 +12,18 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from cast_jax.core.config import check_ranges
-from cast_jax.models.dinov2 import IMAGE_MEAN, IMAGE_STD, DinoV2, DinoV2Config
-from cast_jax.models.dpt import Dpt, DptConfig
+from cast_jax.models.dinov2 import IMAGE_MEAN, IMAGE_STD
 from cast_jax.models.mask_decoder import MaskDecoder, MaskDecoderConfig
-from cast_jax.models.resnet import ResNet, ResNetConfig
+from cast_jax.models.parts import MODULES, DecoderConfig, EncoderConfig
 from cast_jax.models.segmenter import Prediction
 
 
 @dataclasses.dataclass(frozen=True)
 class StudentConfig:
-    """The three parts, and which of the encoder's maps (0-based blocks or stages) feed the neck, shallow to deep."""
+    """The three parts, and which of the encoder's maps (0-based blocks or stages) feed the decoder, shallow to deep."""
 
-    encoder: DinoV2Config | ResNetConfig
-    decoder: DptConfig
+    encoder: EncoderConfig
+    decoder: DecoderConfig
     mask_decoder: MaskDecoderConfig
     encoder_layers: tuple[int, int, int, int]
 
@@ -43,18 +42,15 @@ class StudentConfig:
 
 
 class Student(nnx.Module):
-    """Images in [0, 1] to a :class:`Prediction`; masks and features at the finest resolution of the DPT decoder."""
+    """Images in [0, 1] to a :class:`Prediction`; masks and features at the decoder's finest resolution."""
 
     def __init__(self, config: StudentConfig, num_classes: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.dtype = dtype
-        self.encoder = (
-            DinoV2(config.encoder, dtype=dtype, rngs=rngs)
-            if isinstance(config.encoder, DinoV2Config)
-            else ResNet(config.encoder, dtype=dtype, rngs=rngs)
-        )
+        encoder, decoder = MODULES[type(config.encoder)], MODULES[type(config.decoder)]
+        self.encoder = encoder(config.encoder, dtype=dtype, rngs=rngs)
         widths = tuple(config.encoder.map_widths[layer] for layer in config.encoder_layers)
-        self.decoder = Dpt(widths, config.decoder, pyramid=config.encoder.pyramid, dtype=dtype, rngs=rngs)
+        self.decoder = decoder(widths, config.decoder, pyramid=config.encoder.pyramid, dtype=dtype, rngs=rngs)
         self.mask_decoder = MaskDecoder(
             config.mask_decoder, config.decoder.features, num_classes, dtype=dtype, rngs=rngs
         )

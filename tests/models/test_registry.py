@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from cast_jax.core.errors import UserError
+from cast_jax.models.parts import DECODERS, ENCODERS
 from cast_jax.models.registry import SEGMENTERS, build_segmenter, segmenter_config
 
 
@@ -47,11 +50,40 @@ def test_single_changes():
         ({"name": "student_s", "mask_decoder": {"num_heads": 7}}, r"mask_decoder\.hidden_dim 384 must be a multiple"),
         ({"name": "student_s", "mask_decoder": {"hidden_dim": 6, "num_heads": 2}}, "hidden_dim 6 must be a multiple"),
         ({"name": "student_s", "mask_decoder": {"num_levels": 4}}, r"num_levels is 4; it must lie in \[1, 3\]"),
+        (
+            {"name": "student_s", "encoder": {"name": "vgg"}},
+            r"model\.encoder\.name 'vgg' is unknown; known: dinov2_s, ",
+        ),
+        ({"name": "student_s", "decoder": {"name": "unet"}}, r"decoder\.name 'unet' is unknown; known: dpt, fpn"),
+        ({"name": "student_s", "encoder": {"name": "resnet50", "depth": 2}}, r"model\.encoder: unknown key depth"),
     ],
 )
 def test_what_is_unknown_is_named(spec, message):
     with pytest.raises(UserError, match=message):
         segmenter_config(spec)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_named_parts_make_a_student(encoder, decoder):
+    """Every encoder with every decoder, full size, shapes only."""
+    spec = {"name": "student_s", "encoder": {"name": encoder}, "decoder": {"name": decoder}}
+    config = segmenter_config(spec)
+    height, width = 2 * config.patch_size, 3 * config.patch_size
+    model = build_segmenter(spec, 8, (height, width))
+    images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    prediction = jax.eval_shape(model.apply, model.abstract(), images)
+    scale = config.pixel_map_scale
+    assert prediction.pixel_features.shape == (1, round(height * scale), round(width * scale), 64)
+    assert prediction.mask_logits.shape[2:] == prediction.pixel_features.shape[1:3]
+
+
+def test_another_encoder_brings_its_own_maps():
+    layers = lambda **spec: segmenter_config({"name": "student_s", **spec}).encoder_layers
+    assert layers(encoder={"name": "resnet50"}) == (0, 1, 2, 3)
+    assert layers(encoder={"name": "dinov2_l"}) == (4, 11, 17, 23)
+    assert layers(encoder={"name": "dinov2_l"}, encoder_layers=(2, 5, 8, 23)) == (2, 5, 8, 23)
+    assert layers(decoder={"name": "fpn", "features": 32}) == (2, 5, 8, 11)
 
 
 def test_one_model_is_described_once():
