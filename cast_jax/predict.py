@@ -112,7 +112,7 @@ def mask_at_original(
 
     Logits are bounded by ``SATURATION`` before (chosen): the background's are far larger than a small object's, which
     moves the zero between two of them inwards by up to a quarter of a grid cell. Self-training adds up such a loss
-    (BENCHMARKS.md).
+    (README.md).
 
     Args:
       logits: on a grid over the whole canvas.

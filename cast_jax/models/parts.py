@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cast_jax.models import bottleneck, dinov2, resnet
+from cast_jax.models import bottleneck, dinov2, resnet, swin
 from cast_jax.models.dpt import Dpt, DptConfig
 from cast_jax.models.fpn import Fpn, FpnConfig
 
-EncoderConfig = dinov2.DinoV2Config | resnet.ResNetConfig | bottleneck.BottleneckResNetConfig
+EncoderConfig = dinov2.DinoV2Config | resnet.ResNetConfig | bottleneck.BottleneckResNetConfig | swin.SwinConfig
 DecoderConfig = DptConfig | FpnConfig
 
 # What builds the network of a configuration.
@@ -17,6 +17,7 @@ MODULES: dict[type, Callable[..., Any]] = {
     dinov2.DinoV2Config: dinov2.DinoV2,
     resnet.ResNetConfig: resnet.ResNet,
     bottleneck.BottleneckResNetConfig: bottleneck.BottleneckResNet,
+    swin.SwinConfig: swin.Swin,
     DptConfig: Dpt,
     FpnConfig: Fpn,
 }
@@ -29,6 +30,10 @@ ENCODERS: dict[str, Callable[..., EncoderConfig]] = {
         dinov2.dinov2_l,
         bottleneck.resnet50,
         bottleneck.resnet101,
+        swin.swin_t,
+        swin.swin_s,
+        swin.swin_b,
+        swin.swin_l,
     )
 }
 
