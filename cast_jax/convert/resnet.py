@@ -15,7 +15,7 @@ from cast_jax.convert.engine import Rule, ignore
 from cast_jax.convert.sources import Checkpoint, fold_batch_norms
 from cast_jax.models.bottleneck import BottleneckResNetConfig
 
-_PREFIX = r"(?:backbone\.|resnet\.|encoder\.)?"
+_PREFIX = r"(?:(?:backbone|resnet|encoder)\.)?"  # of detectors, Hugging Face's classifiers, segmentation models
 
 
 def _norm(source: str, target: str) -> tuple[Rule, ...]:
@@ -44,7 +44,7 @@ HUGGING_FACE: tuple[Rule, ...] = (
     *_norm(rf"{_PREFIX}embedder\.embedder\.normalization", "encoder/stem/norm"),
     *(
         rule
-        for block, ours in ((r"(?:resnet\.)?encoder\.stages\.(\d)\.layers\.(\d+)\.", r"encoder/stages/\1/\2/"),)
+        for block, ours in ((rf"{_PREFIX}encoder\.stages\.(\d)\.layers\.(\d+)\.", r"encoder/stages/\1/\2/"),)
         for rule in (
             Rule(rf"{block}layer\.1\.convolution\.weight", f"{ours}conv2/kernel", "convolution"),
             *(
@@ -59,7 +59,7 @@ HUGGING_FACE: tuple[Rule, ...] = (
 )
 
 RULES: tuple[Rule, ...] = (*HUGGING_FACE, *TORCHVISION)
-HEADS: tuple[Rule, ...] = ignore(r"(fc|classifier(\.\d)?|head)\.(weight|bias)")
+HEADS: tuple[Rule, ...] = ignore(rf"{_PREFIX}(fc|classifier(\.\d)?|head)\.(weight|bias)")
 
 
 def found(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -128,12 +128,14 @@ def _open_torch(path: Path) -> Checkpoint:
 def fold_batch_norms(checkpoint: Checkpoint, epsilon: float = 1e-5) -> Checkpoint:
     """A view in which each batch norm is ``<name>.scale`` and ``<name>.shift``, computed in float64 when they are read.
 
-    ``(x - mean) / sqrt(variance + epsilon) * weight + bias = x * scale + shift``.
+    ``(x - mean) / sqrt(variance + epsilon) * weight + bias = x * scale + shift``. ``num_batches_tracked``, which files
+    from before PyTorch 0.4.1 lack, is left out.
 
     Raises:
       UserError: a batch norm lacks one of its tensors, or they differ in length.
     """
-    names = [key.removesuffix(".running_mean") for key in checkpoint.shapes if key.endswith(".running_mean")]
+    found = (re.fullmatch(r"(.+)\.(running_mean|running_var|num_batches_tracked)", key) for key in checkpoint.shapes)
+    names = dict.fromkeys(match[1] for match in found if match)
     members = {name: [f"{name}.{member}" for member in BATCH_NORM] for name in names}
     for name, keys in members.items():
         if lost := [key for key in keys if key not in checkpoint.shapes]:

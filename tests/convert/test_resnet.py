@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from published import save_torch
 
 from cast_jax.convert.command import convert
 from cast_jax.convert.models import MODELS, parameter_shapes
-from cast_jax.convert.sources import fold_batch_norms, open_checkpoint
 from cast_jax.convert.verify import verify
 from cast_jax.core.errors import UserError
 from cast_jax.core.files import read_json
@@ -30,7 +30,7 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def hugging_face(head: bool = False) -> torch.nn.Module:
+def hugging_face(head: bool = False) -> Any:
     config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[16, 32, 64, 128], depths=[1, 2, 1, 1])
     return randomised((transformers.ResNetForImageClassification if head else transformers.ResNetModel)(config))
 
@@ -84,15 +84,16 @@ def test_both_layouts_are_the_same_weights(tmp_path):
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
-def test_folding_is_batch_normalisation(tmp_path):
-    norm = randomised(torch.nn.BatchNorm2d(6))
-    folded = fold_batch_norms(
-        open_checkpoint(save_torch(tmp_path / "x.pth", {f"n.{k}": v for k, v in norm.state_dict().items()}))
-    )
-    assert folded.shapes == {"n.scale": (6,), "n.shift": (6,)}
-    inputs = torch.randn(2, 6, 3, 3)
-    scale, shift = (torch.from_numpy(folded.read(f"n.{part}"))[:, None, None] for part in ("scale", "shift"))
-    torch.testing.assert_close(inputs * scale + shift, norm(inputs))
+@pytest.mark.parametrize("prefix", ["backbone.", "module.", "module.backbone."])
+@pytest.mark.parametrize("make", [torchvision, lambda: hugging_face().state_dict()])
+def test_prefixes(tmp_path, make, prefix):
+    source = save_torch(tmp_path / "x.pth", {f"{prefix}{key}": value for key, value in make().items()})
+    convert("resnet50", source, tmp_path / "destination", CHANGES)
+
+
+def test_the_first_files_do_not_count_batches(tmp_path):
+    weights = {key: value for key, value in torchvision().items() if not key.endswith("num_batches_tracked")}
+    check(save_torch(tmp_path / "x.pth", weights), tmp_path / "destination")
 
 
 def test_what_it_refuses(tmp_path):

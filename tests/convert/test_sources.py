@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cast_jax.convert.sources import open_checkpoint
+from cast_jax.convert.sources import fold_batch_norms, open_checkpoint
 from cast_jax.core.errors import UserError
 
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([0.5, -2.0])}
@@ -161,3 +162,51 @@ def test_without_torch_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"pip install 'cast_jax\[convert\]'"):
         open_checkpoint(tmp_path / "x.pth")
+
+
+def batch_norm() -> dict[str, torch.Tensor]:
+    """Of six channels, one of them all but constant, and a convolution before it."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(6, generator=generator)
+    variance = draw().square() + 0.1
+    variance[0] = 1e-7
+    return {
+        "conv.weight": torch.ones(6, 3, 1, 1), "n.weight": draw(), "n.bias": draw(), "n.running_mean": draw(),
+        "n.running_var": variance, "n.num_batches_tracked": torch.tensor(7),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_batch_norms_are_folded(tmp_path, suffix):
+    weights, path = batch_norm(), tmp_path / f"x.{suffix}"
+    save_file(weights, path) if suffix == "safetensors" else torch.save(weights, path)
+    folded = fold_batch_norms(open_checkpoint(path))
+    assert folded.shapes == {"conv.weight": (6, 3, 1, 1), "n.scale": (6,), "n.shift": (6,)}
+    assert folded.dtypes.keys() == folded.shapes.keys()
+    assert all(folded.read(key).dtype == np.float32 for key in folded.shapes)
+    np.testing.assert_array_equal(folded.read("conv.weight"), weights["conv.weight"])
+    inputs = torch.randn(2, 6, 3, 3, dtype=torch.float64)
+    norm = torch.nn.BatchNorm2d(6, dtype=torch.float64)
+    norm.load_state_dict({key.removeprefix("n."): value for key, value in weights.items() if key.startswith("n.")})
+    scale, shift = (torch.from_numpy(folded.read(f"n.{part}"))[:, None, None] for part in ("scale", "shift"))
+    torch.testing.assert_close(inputs * scale + shift, norm.eval()(inputs), rtol=1e-6, atol=1e-6)
+
+
+def test_folding_reads_one_batch_norm_at_a_time(tmp_path):
+    torch.save(batch_norm(), tmp_path / "x.pth")
+    checkpoint, read = open_checkpoint(tmp_path / "x.pth"), []
+    folded = fold_batch_norms(
+        dataclasses.replace(checkpoint, read=lambda key: read.append(key) or checkpoint.read(key))
+    )
+    assert read == []
+    folded.read("n.scale")
+    assert read == ["n.weight", "n.bias", "n.running_mean", "n.running_var"]
+
+
+@pytest.mark.parametrize("member", ["weight", "bias", "running_mean", "running_var"])
+def test_incomplete_batch_norms_are_named(tmp_path, member):
+    weights = batch_norm()
+    del weights[f"n.{member}"]
+    torch.save(weights, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=rf"the batch norm n lacks n\.{member}$"):
+        fold_batch_norms(open_checkpoint(tmp_path / "x.pth"))
