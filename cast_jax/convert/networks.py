@@ -7,11 +7,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cast_jax.convert import dinov2, resnet, swin
+from cast_jax.convert import dinov2, hiera, resnet, swin
 from cast_jax.convert.engine import Rule
 from cast_jax.convert.sources import Checkpoint
 from cast_jax.models.bottleneck import BottleneckResNetConfig
 from cast_jax.models.dinov2 import DinoV2Config
+from cast_jax.models.hiera import HieraConfig
 from cast_jax.models.swin import SwinConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -51,4 +52,5 @@ NETWORKS: dict[type, Network] = {
     DinoV2Config: dinov2,
     BottleneckResNetConfig: resnet,
     SwinConfig: swin,
+    HieraConfig: hiera,
 }

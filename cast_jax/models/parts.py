@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cast_jax.models import bottleneck, dinov2, resnet, swin
+from cast_jax.models import bottleneck, dinov2, hiera, resnet, swin
 from cast_jax.models.dpt import Dpt, DptConfig
 from cast_jax.models.fpn import Fpn, FpnConfig
 
-EncoderConfig = dinov2.DinoV2Config | resnet.ResNetConfig | bottleneck.BottleneckResNetConfig | swin.SwinConfig
+EncoderConfig = (
+    dinov2.DinoV2Config | resnet.ResNetConfig | bottleneck.BottleneckResNetConfig | swin.SwinConfig | hiera.HieraConfig
+)
 DecoderConfig = DptConfig | FpnConfig
 
 # What builds the network of a configuration.
@@ -18,6 +20,7 @@ MODULES: dict[type, Callable[..., Any]] = {
     resnet.ResNetConfig: resnet.ResNet,
     bottleneck.BottleneckResNetConfig: bottleneck.BottleneckResNet,
     swin.SwinConfig: swin.Swin,
+    hiera.HieraConfig: hiera.Hiera,
     DptConfig: Dpt,
     FpnConfig: Fpn,
 }
@@ -34,6 +37,10 @@ ENCODERS: dict[str, Callable[..., EncoderConfig]] = {
         swin.swin_s,
         swin.swin_b,
         swin.swin_l,
+        hiera.sam2_t,
+        hiera.sam2_s,
+        hiera.sam2_b_plus,
+        hiera.sam2_l,
     )
 }
 

@@ -20,6 +20,7 @@ from cast_jax.core.config import check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.models.convolution import PatchEmbedding
 from cast_jax.models.layers import drop_path
+from cast_jax.models.windows import attend_within, from_windows, to_windows
 
 PATCH = 4  # pixels along a side of what the first stage calls a position
 MLP_RATIO = 4
@@ -125,20 +126,13 @@ class WindowAttention(nnx.Module):
         windows: Float[Array, "batch windows positions channels"],
         regions: Int[Array, "windows positions"] | None = None,
     ) -> Float[Array, "batch windows positions channels"]:
-        """``regions`` numbers the positions of each window: those of other regions are masked. Softmax in float32."""
-
-        def split(values: Array) -> Array:
-            return values.reshape(*values.shape[:3], self.num_heads, -1)
-
-        query, key, value = split(self.query(windows)), split(self.key(windows)), split(self.value(windows))
-        logits = jnp.einsum("bwqhd,bwkhd->bwhqk", query, key, preferred_element_type=jnp.float32)
-        logits = logits * query.shape[-1] ** -0.5 + self.position_bias[...][offsets(self.window)].transpose(2, 0, 1)
+        """``regions`` numbers the positions of each window: those of other regions are masked."""
+        added = self.position_bias[...][offsets(self.window)].transpose(2, 0, 1)[None]
         if regions is not None:
             apart = regions[:, None, :, None] != regions[:, None, None, :]
-            logits = logits + jnp.where(apart, MASKED, 0.0)
-        weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-        mixed = jnp.einsum("bwhqk,bwkhd->bwqhd", weights, value)
-        return self.out(mixed.reshape(windows.shape))
+            added = added + jnp.where(apart, MASKED, 0.0)
+        query, key, value = self.query(windows), self.key(windows), self.value(windows)
+        return self.out(attend_within(query, key, value, self.num_heads, added))
 
 
 def offsets(window: int) -> Int[np.ndarray, "positions positions"]:
@@ -146,25 +140,6 @@ def offsets(window: int) -> Int[np.ndarray, "positions positions"]:
     y, x = np.divmod(np.arange(window**2), window)
     vertical, horizontal = (c[:, None] - c[None, :] + window - 1 for c in (y, x))
     return vertical * (2 * window - 1) + horizontal
-
-
-def to_windows(
-    maps: Float[Array, "batch rows columns channels"], window: int
-) -> Float[Array, "batch windows positions channels"]:
-    """Cuts maps whose sides are multiples of ``window``."""
-    batch, rows, columns, channels = maps.shape
-    cut = maps.reshape(batch, rows // window, window, columns // window, window, channels)
-    return cut.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, window**2, channels)
-
-
-def from_windows(
-    windows: Float[Array, "batch windows positions channels"], rows: int, columns: int
-) -> Float[Array, "batch rows columns channels"]:
-    """Inverse of :func:`to_windows`."""
-    batch, _, positions, channels = windows.shape
-    window = round(positions**0.5)
-    cut = windows.reshape(batch, rows // window, columns // window, window, window, channels)
-    return cut.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows, columns, channels)
 
 
 def moved_regions(rows: int, columns: int, window: int, shift: int) -> Int[Array, "windows positions"]:
@@ -203,11 +178,11 @@ class Block(nnx.Module):
     def _attend(self, features: Array) -> Array:
         """Attention within windows; the padding, zeros at the bottom and right, takes part in it."""
         height, width = features.shape[1:3]
-        maps = jnp.pad(features, ((0, 0), (0, -height % self.window), (0, -width % self.window), (0, 0)))
-        rows, columns = maps.shape[1:3]
         if not self.shift:
-            return from_windows(self.attention(to_windows(maps, self.window)), rows, columns)[:, :height, :width]
-        rolled = jnp.roll(maps, (-self.shift, -self.shift), axis=(1, 2))
+            return from_windows(self.attention(to_windows(features, self.window)), height, width)
+        padded = jnp.pad(features, ((0, 0), (0, -height % self.window), (0, -width % self.window), (0, 0)))
+        rows, columns = padded.shape[1:3]
+        rolled = jnp.roll(padded, (-self.shift, -self.shift), axis=(1, 2))
         regions = moved_regions(rows, columns, self.window, self.shift)
         mixed = from_windows(self.attention(to_windows(rolled, self.window), regions), rows, columns)
         return jnp.roll(mixed, (self.shift, self.shift), axis=(1, 2))[:, :height, :width]

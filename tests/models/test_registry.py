@@ -64,7 +64,8 @@ def test_what_is_unknown_is_named(spec, message):
 
 
 @pytest.mark.parametrize(
-    ("encoder", "decoder"), [("dinov2_s", "fpn"), ("resnet50", "dpt"), ("resnet50", "fpn"), ("swin_t", "dpt")]
+    ("encoder", "decoder"),
+    [("dinov2_s", "fpn"), ("resnet50", "dpt"), ("resnet50", "fpn"), ("swin_t", "dpt"), ("sam2_s", "fpn")],
 )
 def test_named_parts_make_a_student(encoder, decoder):
     """Full size, shapes only."""

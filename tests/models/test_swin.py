@@ -11,7 +11,7 @@ import pytest
 
 from cast_jax.core.errors import UserError
 from cast_jax.models.functional import Functional
-from cast_jax.models.swin import Swin, SwinConfig, from_windows, moved_regions, offsets, swin_b, swin_l, to_windows
+from cast_jax.models.swin import Swin, SwinConfig, moved_regions, offsets, swin_b, swin_l
 
 CONFIG = SwinConfig(embed_dim=8, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 4), window_size=3)
 IMAGES = np.random.default_rng(0).normal(size=(2, 64, 96, 3)).astype(np.float32)
@@ -68,14 +68,6 @@ def test_drop_path_needs_a_key():
     np.testing.assert_array_equal(dropped, again)
     assert jnp.any(still != dropped)
     assert jnp.any(dropped != other)
-
-
-def test_windows():
-    maps = np.random.default_rng(2).normal(size=(2, 4, 6, 3))
-    windows = to_windows(maps, 2)
-    assert windows.shape == (2, 6, 4, 3)
-    np.testing.assert_array_equal(windows[1, 4], maps[1, 2:4, 2:4].reshape(4, 3))  # row by row
-    np.testing.assert_array_equal(from_windows(windows, 4, 6), maps)
 
 
 def test_regions_by_hand():
