@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import logging
+import re
 import sys
 from pathlib import Path
 
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from cast_jax import pipeline
 from cast_jax.core.errors import DivergedError, UserError
@@ -18,6 +20,9 @@ from cast_jax.preflight import make_workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command continues what is there.")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: configs/<name>.py:<step>[,key=value ...].")
+
+# A field of a model: not in the configuration unless it differs from what the model's name says.
+_MODEL_FIELD = re.compile(r"--config\.model\.(\w+)\.([\w.]+)=(.*)", re.DOTALL)
 
 logger = logging.getLogger("cast_jax.main")  # run as a program, __name__ is "__main__"
 
@@ -47,9 +52,14 @@ def run() -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses the flags and loads the configuration; what is wrong with them ends with a line and exit code 1."""
+    model = [found for argument in argv if (found := _MODEL_FIELD.fullmatch(argument))]
+    others = [argument for argument in argv if not _MODEL_FIELD.fullmatch(argument)]
+    sys.argv = others  # where ml_collections looks for what the configuration must have
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(others)
         _CONFIG.value.to_dict()  # a file that could not be read is only reported when it is used
+        for role, path, text in (found.groups() for found in model):
+            _set_model_field(_CONFIG.value, role, path, text)
         return rest
     except SystemExit:
         sys.exit(0)  # --help was printed, after which absl would exit with 1
@@ -63,6 +73,21 @@ def _parse(argv: list[str]) -> list[str]:
         # Of an error in a configuration file, ml_collections makes a whole traceback, which ends with the reason.
         lines = str(error).strip().splitlines()
         sys.exit(f"error: {lines[-1] if any(line.startswith('Traceback') for line in lines) else error}")
+
+
+def _set_model_field(config: ConfigDict, role: str, path: str, text: str) -> None:
+    """Sets a field that a named model may leave unsaid; the registry knows which there are, and their types."""
+    part = config.model[role]
+    with config.unlocked():
+        *groups, name = path.split(".")
+        for group in groups:
+            if group not in part:
+                part[group] = {}
+            part = part[group]
+        try:
+            part[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            part[name] = text
 
 
 if __name__ == "__main__":

@@ -40,8 +40,10 @@ class Stage:
         return self.absolute <= self.tolerance  # False for NaN
 
 
-def verify(config: PretrainedConfig, source: Path, weights: Path) -> list[Stage]:
-    """Runs both models on the same random images.
+def verify(
+    config: PretrainedConfig, source: Path, weights: Path, patches: tuple[int, int] | None = None
+) -> list[Stage]:
+    """Runs both models on the same random image of ``patches`` (rows, columns) patches; ``PATCHES`` if None.
 
     A Hugging Face folder of the encoder alone is opened by ``from_pretrained``; other files fill the same modules by
     name, in PyTorch's own layouts. DINOv2's positions are resized as Hugging Face does, since that is what the
@@ -56,15 +58,16 @@ def verify(config: PretrainedConfig, source: Path, weights: Path) -> list[Stage]
         raise UserError("--verify needs torch: pip install 'cast_jax[convert]'") from error
     if isinstance(config.encoder, DinoV2Config):
         config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, position_offset=0.0))
-    rows, columns = PATCHES[config.encoder.pyramid]
+    rows, columns = patches or PATCHES[config.encoder.pyramid]
     side = config.encoder.patch_size
     images = np.random.default_rng(0).normal(size=(1, rows * side, columns * side, 3)).astype(np.float32)
     with torch.no_grad():
-        expected = _reference_stages(_reference(config, source), config, torch.from_numpy(images).permute(0, 3, 1, 2))
+        model = _reference(config, source)
+        expected = _reference_stages(model, config, torch.from_numpy(images).permute(0, 3, 1, 2))
     params, _, _ = load_weights(weights)
-    model = Functional(lambda rngs: Pretrained(config, rngs=rngs))
+    ours = Functional(lambda rngs: Pretrained(config, rngs=rngs))
     with jax.default_matmul_precision("highest"):
-        computed = jax.jit(model.apply)(params, images)
+        computed = jax.jit(ours.apply)(params, images)
     return [
         _compare(name, np.asarray(computed[name]), value, TOLERANCES[name.partition("/")[0]])
         for name, value in expected.items()
@@ -131,6 +134,7 @@ def _reference_stages(model: Any, config: PretrainedConfig, images: Any) -> Mapp
     stages = {f"encoder/{name}": value for name, value in encoder.items()}
     if config.decoder:
         tokens = [encoder[f"blocks/{layer}"] for layer in config.encoder_layers]
-        fused = dpt.reference_stages(model, tokens, PATCHES[config.encoder.pyramid])
+        patch = config.encoder.patch_size
+        fused = dpt.reference_stages(model, tokens, (images.shape[2] // patch, images.shape[3] // patch))
         stages |= {f"decoder/{name}": value for name, value in fused.items()}
     return stages

@@ -57,12 +57,16 @@ def test_bilinear_matrix_by_hand():
     )
 
 
-def test_gradient_equals_torch():
-    size = (12, 11)
+@pytest.mark.parametrize("size", [(12, 11), (4, 5)])
+@pytest.mark.parametrize(
+    "options", [{"method": "bilinear", "align_corners": True}, {"method": "bilinear"}, {"method": "bicubic"}]
+)
+def test_gradient_equals_torch(size, options):
     theirs = torch.from_numpy(MAPS).permute(0, 3, 1, 2).requires_grad_()
-    output = torch.nn.functional.interpolate(theirs, size=size, mode="bilinear", align_corners=True)
+    changed = {"align_corners": False} | options
+    output = torch.nn.functional.interpolate(theirs, size=size, mode=changed.pop("method"), **changed)
     (output**3).sum().backward()
-    ours = jax.grad(lambda maps: (resize(maps, size, align_corners=True) ** 3).sum())(MAPS)
+    ours = jax.grad(lambda maps: (resize(maps, size, **options) ** 3).sum())(MAPS)
     np.testing.assert_allclose(ours, theirs.grad.permute(0, 2, 3, 1), rtol=1e-4, atol=1e-4)
 
 

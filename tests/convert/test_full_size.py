@@ -1,0 +1,60 @@
+"""Published sizes against PyTorch, through files on disk: ``pytest -m full tests/convert/test_full_size.py -s``.
+
+Prints what BENCHMARKS.md holds: every model's largest errors, its time and the process's memory.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import pytest
+import torch
+
+from cast_jax.convert import dpt
+from cast_jax.convert.command import convert
+from cast_jax.convert.models import MODELS
+from cast_jax.convert.verify import verify
+
+# Rows and columns of patches: not square, and for a plain ViT around the 37 x 37 of its position embedding.
+SIZES = {False: (37, 40), True: (16, 20)}
+NAMES = [name for name in MODELS if name != "dinov2_g"]  # 4.5 GB as float32, and no encoder of the paper's
+
+
+def scaled(model: torch.nn.Module) -> torch.nn.Module:
+    """No tensor zero or constant, and every layer's output about as large as its input, so that errors stay small."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "pos" not in name:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+            else:
+                parameter.normal_(std=0.1).add_(1.0 if name.endswith("weight") and parameter.ndim == 1 else 0.0)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(std=0.1)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", NAMES)
+def test_published_sizes(tmp_path, name):
+    started = time.monotonic()
+    config = MODELS[name]()
+    if config.decoder:
+        model = dpt.reference(config.encoder, config.decoder, config.encoder_layers)
+    else:
+        model = config.network.reference(config.encoder)
+    scaled(model).save_pretrained(tmp_path / "source")
+    del model
+    config = convert(name, tmp_path / "source", tmp_path / "destination")
+    patches = SIZES[config.encoder.pyramid]
+    stages = verify(config, tmp_path / "source", tmp_path / "destination" / "model.safetensors", patches)
+    assert [stage for stage in stages if not stage.passed] == []
+    height, width = (side * config.encoder.patch_size for side in patches)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    absolute, relative = (max(getattr(stage, kind) for stage in stages) for kind in ("absolute", "relative"))
+    seconds = time.monotonic() - started
+    print(f"| {name} | {height} x {width} | {absolute:.1e} | {relative:.1e} | {seconds:.0f} | {memory:.1f} |")
