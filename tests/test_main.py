@@ -58,7 +58,10 @@ FAULTS = [
     ((*CONFIG, "--workdir", "README.md/run"), "--workdir README.md/run cannot be written to (Not a directory)"),
     ((*CONFIG, "--workdir", "/proc/run"), "--workdir /proc/run cannot be written to ("),
     ((*CONFIG, "--config.model.teacher.name=sam"), "config.model.teacher.name 'sam' is unknown; known: student_s"),
-    ((*CONFIG, "--config.model.student.mask_decoder.querys=3"), "config.model.student.mask_decoder: unknown key querys"),
+    (
+        (*CONFIG, "--config.model.student.mask_decoder.querys=3"),
+        "config.model.student.mask_decoder: unknown key querys",
+    ),
     ((*CONFIG, "--config.model.student.encoder.embed_dim=wide"), "Could not override field 'embed_dim'"),
     ((*CONFIG, "--config.model.pupil.name=student_s"), "the configuration has no 'pupil'"),
 ]

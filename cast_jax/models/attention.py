@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+MASKED = -1e4  # the logit of what a query may not see: small enough, and not so small that log(keys) drowns in it
+
 
 def attend(
     query: Float[Array, "batch queries heads dim"],
@@ -56,31 +58,32 @@ def _attend_heads(query: Array, key: Array, value: Array, masks: Array | None) -
 
 
 def _forward(query: Array, key: Array, value: Array, masks: Array | None):
-    def head(inputs: tuple[Array, ...]) -> tuple[Array, Array, Array]:
+    def head(inputs: tuple[Array, ...]) -> tuple[Array, Array]:
         i, q, k, v = inputs
         logits = _logits(q, k, _mask_of_head(masks, i, len(query)))
         largest = logits.max(axis=-1, keepdims=True)
         weights = jnp.exp(logits - largest)
         total = weights.sum(axis=-1, keepdims=True)
-        return weights @ v / total, largest, total
+        return weights @ v / total, largest + jnp.log(total)
 
-    attended, largest, total = jax.lax.map(head, (jnp.arange(len(query)), query, key, value))
-    return attended, (query, key, value, masks, attended, largest, total)
+    attended, log_total = jax.lax.map(head, (jnp.arange(len(query)), query, key, value))
+    return attended, (query, key, value, masks, attended, log_total)
 
 
 def _backward(residuals: tuple[Any, ...], gradient: Array):
-    query, key, value, masks, attended, largest, total = residuals
+    query, key, value, masks, attended, log_total = residuals
 
     def head(inputs: tuple[Array, ...]) -> tuple[Array, Array, Array]:
-        i, q, k, v, out, top, sum_, to_out = inputs
+        i, q, k, v, log_sum, along, to_out = inputs
         mask = _mask_of_head(masks, i, len(query))
-        weights = jnp.exp(_logits(q, k, mask) - top) / sum_
-        to_logits = weights * (to_out @ v.T - (to_out * out).sum(axis=-1, keepdims=True))
+        weights = jnp.exp(_logits(q, k, mask) - log_sum)
+        to_logits = weights * (to_out @ v.T - along)
         if mask is not None:  # matters for queries that may look nowhere: their weights are uniform, not zero
             to_logits = jnp.where(mask, to_logits, 0.0)
         return to_logits @ k, to_logits.T @ q, weights.T @ to_out
 
-    heads = (jnp.arange(len(query)), query, key, value, attended, largest, total, gradient)
+    along = (gradient * attended).sum(axis=-1, keepdims=True)
+    heads = (jnp.arange(len(query)), query, key, value, log_total, along, gradient)
     return (*jax.lax.map(head, heads), None)
 
 
@@ -89,7 +92,7 @@ _attend_heads.defvjp(_forward, _backward)
 
 def _logits(query: Array, key: Array, mask: Array | None) -> Array:
     logits = query @ key.T
-    return logits if mask is None else jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    return logits if mask is None else jnp.where(mask, logits, MASKED)
 
 
 def _mask_of_head(masks: Array | None, head: Array, heads: int) -> Array | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.models.attention import attend
 from cast_jax.models.convolution import PatchEmbedding
-from cast_jax.models.layers import LayerScale, drop_path, dropout
+from cast_jax.models.layers import LayerScale, drop_path, dropout, rematerialise
 from cast_jax.models.resize import apply_matrices, interpolation_matrix
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -209,7 +210,7 @@ class DinoV2(nnx.Module):
         tokens = self._embed(images)
         kept = {}
         for number, block in enumerate(self.blocks[: max(layers) + 1]):
-            run = jax.checkpoint(block) if self.config.remat else block
+            run = functools.partial(rematerialise, block) if self.config.remat else block
             tokens = run(tokens, None if rngs is None else rngs.dropout())
             if number in layers:
                 kept[number] = self.norm(tokens)

@@ -7,6 +7,7 @@ queries are the largest of each 2 x 2 positions, and its windows still have the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float
 from cast_jax.core.config import check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.models.attention import attend
-from cast_jax.models.layers import drop_path
+from cast_jax.models.layers import drop_path, rematerialise
 from cast_jax.models.resize import resize
 from cast_jax.models.windows import attend_within, from_windows, to_windows
 
@@ -234,7 +235,7 @@ class Hiera(nnx.Module):
         features = features + self._positions(*features.shape[1:3]).astype(self.dtype)
         found = {"embedding": features}
         for number, block in enumerate(self.blocks):
-            run = jax.checkpoint(block) if self.config.remat else block
+            run = functools.partial(rematerialise, block) if self.config.remat else block
             features = run(features, None if rngs is None else rngs.dropout())
             found[f"blocks/{number}"] = features
             if number + 1 in (*self.config.first_blocks, len(self.blocks)):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +28,34 @@ def drop_path(values: Float[Array, "batch *shape"], rate: float, key: Array | No
         return values
     keep = jax.random.bernoulli(key, 1.0 - rate, (values.shape[0],) + (1,) * (values.ndim - 1))
     return jnp.where(keep, values / (1.0 - rate), 0.0)
+
+
+def rematerialise(block: nnx.Module, features: Float[Array, "*shape"], key: Array | None) -> Float[Array, "*result"]:
+    """``block(features, key)``, computed again in the gradient when its turn comes; only ``features`` are kept.
+
+    ``jax.checkpoint`` alone lets a compiler compute all blocks again at once, since nothing says that they have to
+    wait: XLA:CPU does, and saves no memory. Here the block's input waits for the gradient of its result.
+    """
+    graph, parameters = nnx.split(block)
+    return _run_again(lambda parameters, features: nnx.merge(graph, parameters)(features, key), parameters, features)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run_again(run: Callable[..., Array], parameters: Any, features: Array) -> Array:
+    return run(parameters, features)
+
+
+def _keep_input(run: Callable[..., Array], parameters: Any, features: Array) -> tuple[Array, tuple[Any, Array]]:
+    return run(parameters, features), (parameters, features)
+
+
+def _gradient(run: Callable[..., Array], kept: tuple[Any, Array], gradient: Array) -> tuple[Any, Array]:
+    parameters, features = kept
+    waited = features + 0.0 * gradient.reshape(-1)[0]  # no compiler may drop it: infinity times zero is not zero
+    return jax.vjp(run, parameters, waited.astype(features.dtype))[1](gradient)
+
+
+_run_again.defvjp(_keep_input, _gradient)
 
 
 class LayerScale(nnx.Module):

@@ -8,6 +8,7 @@ release) do not move them there: at the resolution that they were trained for th
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from cast_jax.core.config import check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.models.convolution import PatchEmbedding
-from cast_jax.models.layers import drop_path
+from cast_jax.models.layers import drop_path, rematerialise
 from cast_jax.models.windows import attend_within, from_windows, to_windows
 
 PATCH = 4  # pixels along a side of what the first stage calls a position
@@ -250,7 +251,7 @@ class Swin(nnx.Module):
         found = {"embedding": features}
         for stage, blocks in enumerate(self.stages):
             for block in blocks:
-                run = jax.checkpoint(block) if self.config.remat else block
+                run = functools.partial(rematerialise, block) if self.config.remat else block
                 features = run(features, None if rngs is None else rngs.dropout())
                 found[f"blocks/{len(found) - 1 - stage}"] = features
             found[f"maps/{stage}"] = self.output_norms[stage](features)
