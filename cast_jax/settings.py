@@ -206,4 +206,4 @@ class RunConfig:
         features = segmenter_config(self.model[step.model]).decoder.features
         projection = Functional(lambda rngs: ProjectionHead(features, self.embedding_dim, rngs=rngs))
         segmenter = self.segmenter(step.model, len(categories))
-        return SemiSupervised(segmenter, projection, step.objective, class_names(categories))
+        return SemiSupervised(segmenter, projection, step.objective, class_names(categories), self.data.image_size)

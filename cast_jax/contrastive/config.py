@@ -9,7 +9,7 @@ from cast_jax.contrastive.samplers import SAMPLERS, number_of_slots
 from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 
-SCOPES = ("batch", "image")
+SCOPES = ("batch", "image", "bank")
 LOSSES = ("infonce", "hinge")
 SCORE_NAMES = ("d", "d_squared", "d_sqrt")
 
@@ -23,7 +23,9 @@ class ContrastiveConfig:
         temperature: τ.
         map: what pixels are compared by: ``fusion``, ``mask``, ``class``, or ``uniform`` (every candidate alike).
         score: ``d``, ``d_squared`` or ``d_sqrt``.
-        scope: candidates are the pixels of the whole (global) ``batch``, or of the anchor's own ``image``.
+        scope: candidates are the pixels of the whole (global) ``batch``, of the anchor's own ``image``, or of past
+            batches in a ``bank``.
+        bank_size, bank_new: pixels in the bank, and how many (chosen) each update writes over the oldest ones.
         loss: ``infonce`` (NT-Xent) or ``hinge``.
         margin: of the hinge loss, between cosine similarities.
         symmetric: also uses strong anchors with weak keys; both directions are averaged.
@@ -45,6 +47,8 @@ class ContrastiveConfig:
     slots: int | None = None
     group_size: int = 128
     num_anchors: int | None = None
+    bank_size: int = 10_000
+    bank_new: int = 1_000
 
     def __post_init__(self) -> None:
         check_choices(self, map=MAPS, score=SCORE_NAMES, scope=SCOPES, loss=LOSSES, sampler=SAMPLERS)
@@ -52,6 +56,9 @@ class ContrastiveConfig:
         check_ranges(self, num_negatives="[1, 65536]", slots="[32, 1048576]", group_size="[1, 65536]")
         # Similarities lie in [-1, 1]: beyond these temperatures float32 tells the logits no longer apart.
         check_ranges(self, temperature="[0.001, 1000]", margin="[0, inf)", num_anchors="[1, inf)")
+        check_ranges(self, bank_size="[1, 16777216]", bank_new="[1, 16777216]")
+        if self.bank_new > self.bank_size:
+            raise UserError(f"bank_new is {self.bank_new}; it must be at most bank_size {self.bank_size}")
         if self.slots is not None and self.slots % 32:
             raise UserError(f"slots is {self.slots}; it must be a multiple of 32, or None")
 

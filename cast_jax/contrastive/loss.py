@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from cast_jax.contrastive.bank import Bank
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.contrastive.contrast import Anchors, CandidatePixels, Sums, contrast
 from cast_jax.contrastive.fused_map import normalise
+
+_ELSEWHERE = jnp.iinfo(jnp.int32).max  # the region of a bank's pixels: no anchor's
 
 Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 
@@ -44,6 +47,7 @@ def contrastive_loss(
     g: Float[Array, "batch pixels dim"],
     valid: Bool[Array, "batch pixels"],
     instance_ids: Int[Array, "batch pixels"] | None = None,
+    bank: Bank | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Metrics]:
     """NT-Xent over pixels, against negatives drawn in proportion to the debias score ``d(p, r) = 1 - <ĝ_p, ĝ_r>``::
 
@@ -65,6 +69,11 @@ def contrastive_loss(
         g: pseudo probabilities of the pixels, normalised or not. Pixels where they are not finite take no part.
         valid: pixels that exist in both views; others are neither anchors nor candidates.
         instance_ids: per image: > 0 an instance, 0 background (a region of its own), -1 unknown.
+        bank: the candidates of ``scope="bank"``, constants. While nothing is in it there is nothing to contrast. Its
+            pixels count as other regions than any anchor's: it does not know when an image comes again.
+
+    Raises:
+        ValueError: ``scope`` is "bank" and there is no ``bank``, or the other way round.
 
     Returns:
         The sum of the loss over the anchors, the number of anchors, and metrics as pairs (sum, count). With nothing to
@@ -77,6 +86,8 @@ def contrastive_loss(
           not serve (they were served by an exact slower way). Only with ``mixture_proposals``.
         - ``contrastive/nonfinite``: pixels left out because their pseudo probability is not finite.
     """
+    if (config.scope == "bank") != (bank is not None):
+        raise ValueError(f"scope {config.scope!r} {'has no' if bank is not None else 'needs a'} bank")
     g = jax.lax.stop_gradient(g)
     z_weak, z_strong = normalise(z_weak), normalise(z_strong)
     finite = jnp.all(jnp.isfinite(g), axis=-1)
@@ -90,14 +101,20 @@ def contrastive_loss(
     pick = jax.vmap(lambda array, position: array[position])
     batch, pixels = valid.shape
     offset = 0 if config.scope == "image" else jnp.arange(batch, dtype=jnp.int32)[:, None] * pixels
+    own = position + offset if bank is None else jnp.full_like(position, -1)
     known = (pick(regions, position), pick(on_instance, position))
-    anchors = Anchors(pick(g_hat, position), position + offset, real, *known)
+    anchors = Anchors(pick(g_hat, position), own, real, *known)
     candidates = CandidatePixels(g_hat, usable, regions)
+    if bank is not None:
+        elsewhere = jnp.full(bank.valid.shape, _ELSEWHERE)
+        candidates = CandidatePixels(bank.g_hat[None], bank.valid[None], elsewhere[None])
 
     # Sets of candidates: one per image or one in all, and as many again for the other direction.
     directions = 2 if config.symmetric else 1
     sets = directions * (batch if config.scope == "image" else 1)
     z_keys = jnp.stack([z_strong, z_weak][:directions])
+    if bank is not None:
+        z_keys = jnp.stack([jax.lax.stop_gradient(bank.z)[None]] * directions)
     z_anchors, z_positives = (
         jnp.stack([pick(z, position) for z in pair[:directions]]) for pair in ([z_weak, z_strong], [z_strong, z_weak])
     )

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from cast_jax.contrastive.bank import Bank, Entries, choose_entries, empty_bank, push
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.contrastive.correspondence import correspond
 from cast_jax.contrastive.fused_map import pseudo_probability
@@ -71,12 +73,19 @@ class SemiSupervised:
     """Trains a segmenter, and a projection head where the contrastive term is on."""
 
     def __init__(
-        self, segmenter: Functional, projection: Functional, config: ObjectiveConfig, class_names: Sequence[str] = ()
+        self,
+        segmenter: Functional,
+        projection: Functional,
+        config: ObjectiveConfig,
+        class_names: Sequence[str] = (),
+        image_size: tuple[int, int] | None = None,
     ):
         """``segmenter`` returns a :class:`Prediction`; ``projection`` maps its pixel features to embeddings.
 
-        ``class_names`` name the classes in the pseudo-label metrics, in the order of the class logits.
+        ``class_names`` name the classes in the pseudo-label metrics, in the order of the class logits. A memory bank
+        must know the views' ``image_size`` before it sees one.
         """
+        self.image_size = image_size
         self.segmenter = segmenter
         self.projection = projection
         self.config = config
@@ -91,16 +100,36 @@ class SemiSupervised:
         """Shapes and dtypes of :meth:`init`'s parameters."""
         return {name: part.abstract() for name, part in self._parts()}
 
+    def init_bank(self) -> Bank | None:
+        """An empty memory bank, if the contrastive term draws from one."""
+        if not self._has_bank:
+            return None
+        assert self.image_size is not None, "a memory bank needs the views' size"
+        params = self.abstract()
+        images = jax.ShapeDtypeStruct((1, *self.image_size, 3), jnp.float32)
+        prediction = jax.eval_shape(self.segmenter.apply, params["segmenter"], images)
+        z = jax.eval_shape(self.projection.apply, params["projection"], prediction.pixel_features)
+        of_map = lambda p: pseudo_probability(p.mask_logits, p.class_logits, self.config.contrastive.map)
+        g = jax.eval_shape(of_map, prediction)
+        return empty_bank(self.config.contrastive, z.shape[-1], g.shape[-1])
+
+    def post_update(self, state: Any, aux: Entries | None) -> Any:
+        """``state`` with the update's pixels in its bank."""
+        return state if aux is None else dataclasses.replace(state, bank=push(state.bank, aux))
+
+    @property
+    def _has_bank(self) -> bool:
+        return bool(self.config.contrastive_weight) and self.config.contrastive.scope == "bank"
+
     def _parts(self) -> list[tuple[str, Functional]]:
         projection = [("projection", self.projection)] if self.config.contrastive_weight else []
         return [("segmenter", self.segmenter), *projection]
 
-    def loss_fn(self, params: Params, frozen: Params, batch: Batch, key: PRNGKeyArray) -> tuple[Array, Metrics]:
-        """One forward pass over all views of all images, then the three terms.
+    def loss_fn(self, params: Params, frozen: Params, batch: Batch, key: PRNGKeyArray) -> tuple[Any, ...]:
+        """One forward pass over all views of all images, then the three terms: (loss, metrics[, entries of the bank]).
 
         Metrics: ``loss/*`` (unweighted terms), ``pseudo_labels/*`` (kept instances an image), ``contrastive/*``.
         """
-        del frozen  # no recipe of the paper's own pipeline asks a teacher inside the step: its labels are stored
         config = self.config
         keys = dict(zip(("dropout", "labelled", "unlabelled", "contrastive"), jax.random.split(key, 4), strict=True))
         predictions = self._forward(params["segmenter"], batch, keys["dropout"])
@@ -120,11 +149,13 @@ class SemiSupervised:
             metrics[f"data/instances_cut_{group}"] = (cut, jnp.asarray(len(batch[group]["instances_cut"]), jnp.float32))
         if "unlabelled" in batch and config.pseudo_label_weight:
             metrics |= _pseudo_label_metrics(batch["unlabelled"], self.class_names)
+        entries: list[Entries] = []
         if config.contrastive_weight:
-            term, terms = self._contrastive_loss(keys["contrastive"], params, predictions, batch)
+            bank = frozen["bank"] if self._has_bank else None
+            term, terms, *entries = self._contrastive_loss(keys["contrastive"], params, predictions, batch, bank)
             loss = loss + config.contrastive_weight * term
             metrics |= terms
-        return loss, metrics | {"loss/total": (loss, jnp.ones(()))}
+        return loss, metrics | {"loss/total": (loss, jnp.ones(()))}, *entries
 
     def _forward(self, params: Params, batch: Batch, key: PRNGKeyArray) -> dict[str, dict[str, Prediction]]:
         names = [(group, view) for group in sorted(batch) for view in VIEW_NAMES if view in batch[group]]
@@ -150,8 +181,11 @@ class SemiSupervised:
             totals.append(terms)
         return jnp.mean(jnp.stack(losses)), jax.tree.map(lambda *values: sum(values), *totals)
 
-    def _contrastive_loss(self, key, params, predictions, batch) -> tuple[Array, Metrics]:
-        """L_pxl over all images of the batch; the strong view's pixels are the positions, weak is read beside them."""
+    def _contrastive_loss(self, key, params, predictions, batch, bank: Bank | None) -> tuple[Any, ...]:
+        """L_pxl over all images of the batch; the strong view's pixels are the positions, weak is read beside them.
+
+        Returns the loss, metrics and, with a bank, what goes into it: pixels of the strong view.
+        """
         config, stride = self.config, self.config.contrastive_stride
         groups = sorted(batch)
         join = lambda read: jnp.concatenate([read(group) for group in groups])
@@ -185,9 +219,14 @@ class SemiSupervised:
             g=g_seen,
             valid=valid,
             instance_ids=join(lambda group: instance_map(batch[group]["strong"], size)),
+            bank=bank,
         )
-        loss = total / jnp.maximum(count, 1.0)
-        return loss, metrics | {"contrastive/loss": (total, count)}
+        result = total / jnp.maximum(count, 1.0), metrics | {"contrastive/loss": (total, count)}
+        if bank is None:
+            return result
+        key = jax.random.fold_in(key, 1)
+        z_keys = z_strong.reshape(z_seen.shape)
+        return *result, choose_entries(key, config.contrastive, z=z_keys, g=g_seen, valid=valid)
 
 
 def instance_map(view: Batch, size: tuple[int, int]) -> Int[Array, "batch pixels"]:

@@ -252,7 +252,7 @@ def test_what_is_kept_for_the_gradient_does_not_grow_with_the_number_of_groups()
     [
         ({"map": "fused"}, "^map.*fusion, mask, class, uniform"),
         ({"score": "uniform"}, "^score.*d, d_squared, d_sqrt"),
-        ({"scope": "world"}, "^scope.*batch, image"),
+        ({"scope": "world"}, "^scope.*batch, image, bank"),
         ({"loss": "triplet"}, "^loss.*infonce, hinge"),
         ({"sampler": "gumbel"}, "^sampler.*mixture_proposals, inverse_cdf, categorical"),
         ({"temperature": 0.0}, r"^temperature is 0\.0; it must lie in \[0\.001, 1000\]"),

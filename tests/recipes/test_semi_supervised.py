@@ -14,7 +14,10 @@ from tiny import CLASSES, INSTANCES, SIZE, TINY, drawn, group
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.core.annotations import pack_masks
 from cast_jax.core.errors import UserError
+from cast_jax.core.optim import OptimizerConfig
 from cast_jax.core.rules import named_leaves
+from cast_jax.core.sharding import make_mesh
+from cast_jax.core.step import TrainStep
 from cast_jax.losses.set_criterion import CriterionConfig
 from cast_jax.models.functional import Functional
 from cast_jax.models.registry import build_segmenter
@@ -183,3 +186,23 @@ def test_abstract_parameters_are_those_of_init(weight):
     described = lambda tree: {name: (leaf.shape, leaf.dtype) for name, leaf in named_leaves(tree).items()}
     assert described(found.abstract()) == described(jax.eval_shape(found.init, KEY))
     assert ("projection" in found.abstract()) == bool(weight)
+
+
+def test_updates_fill_the_bank():
+    """Through the compiled step: the first update finds nothing to contrast, and the ring goes on from there."""
+    contrastive = dataclasses.replace(ALL.contrastive, scope="bank", bank_size=100, bank_new=60)
+    with_bank = SemiSupervised(*parts(), dataclasses.replace(ALL, contrastive=contrastive), NAMES, SIZE)
+    step = TrainStep(with_bank, optimizer=OptimizerConfig(), steps=3, mesh=make_mesh())
+    state = step.initial_state(parameters())
+    assert state.bank.z.shape == (100, 8)
+    step.compile("distill", state, {}, batch())
+    anchors, filled = [], []
+    for _ in range(2):
+        state, metrics, finite = step(state, {}, batch())
+        assert finite
+        anchors.append(float(metrics["contrastive/loss"][1]))
+        filled.append(int(state.bank.valid.sum()))
+    assert anchors[0] == 0 < anchors[1]
+    assert filled == [60, 100]
+    assert int(state.bank.next) == 20
+    assert recipe().init_bank() is None
