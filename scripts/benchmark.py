@@ -1,6 +1,6 @@
 """Measures the costs that BENCHMARKS.md states. Each prints a Markdown table; ``--json FILE`` keeps the numbers.
 
-python scripts/benchmark.py contrastive      the samplers with the loss, forward and backward
+python scripts/benchmark.py contrastive      the contrastive loss with its gradient against PyTorch (needs torch)
 python scripts/benchmark.py step             one student update, with and without the contrastive term
 python scripts/benchmark.py encoder          DINOv2-S and the DPT neck at 518 x 518 against PyTorch eager (needs torch)
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import json
 import platform
 import statistics
@@ -19,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from cast_jax.contrastive.config import ContrastiveConfig
@@ -54,28 +56,111 @@ def main() -> None:
 
 
 def contrastive(repeats: int) -> list[dict[str, Any]]:
-    """4 images of 32 x 32 pixels, 256 anchors each, K = 64: every sampler on the same arrays."""
-    batch, pixels, embedding, queries = 4, 1024, 64, 60
-    keys = jax.random.split(jax.random.key(0), 3)
-    arrays = {
-        "z_weak": jax.random.normal(keys[0], (batch, pixels, embedding)),
-        "z_strong": jax.random.normal(keys[1], (batch, pixels, embedding)),
-        "g": jax.nn.softmax(4 * jax.random.normal(keys[2], (batch, pixels, queries))),
-        "valid": jnp.ones((batch, pixels), bool),
-    }
-    variants = {}
-    for sampler in ("mixture_proposals", "inverse_cdf", "categorical"):
-        config = ContrastiveConfig(num_negatives=64, num_anchors=256, sampler=sampler)
+    """Loss and gradient at K = 256, embedding 128, all pixels or 1,024 of an image as anchors, against PyTorch.
 
-        def loss(z_weak, z_strong, config=config):
+    PyTorch's versions run where their time stays below a minute or so; the reference sampler in the smallest case only.
+    """
+    import torch_contrastive  # beside this file
+
+    literal_limit, blocked_limit = 2**28, 2**29  # anchors x pixels: 1 GiB of scores; about half a minute
+    rows = []
+    for images, pixels, dim, anchors in (
+        (1, 4_096, 109, 1_024),
+        (1, 16_384, 109, 1_024),
+        (1, 32_768, 109, 1_024),
+        (1, 32_768, 201, 1_024),
+        (8, 16_384, 109, 1_024),
+        (1, 4_096, 109, None),
+        (1, 16_384, 109, None),
+        (1, 16_384, 201, None),
+        (1, 32_768, 109, None),
+        (1, 32_768, 109, 4_096),
+    ):
+        case = _ContrastiveCase(images, pixels, dim, anchors)
+        size = images**2 * (anchors or pixels) * pixels
+        variants: dict[str, Callable[[], Any]] = {"jax": case.ours("mixture_proposals")}
+        if size <= literal_limit:
+            variants["literal"] = case.torch(torch_contrastive.literal)
+        if size <= blocked_limit:
+            variants["blocked"] = case.torch(torch_contrastive.blocked)
+        memory = {name: _peak_mib(call) for name, call in variants.items()}
+        times = _medians(variants, repeats if size < 2**27 else 3)
+        row: dict[str, Any] = {"images": images, "pixels": pixels, "map": dim, "anchors": anchors or "all"}
+        row |= {"jax ms": round(1e3 * times["jax"], 1), "jax MiB": memory["jax"]}
+        for name in ("literal", "blocked"):
+            known = name in times
+            row[f"torch {name} ms"] = round(1e3 * times[name], 1) if known else ""
+            row[f"{name} MiB"] = memory[name] if known else ""
+            row[f"{name} / jax"] = round(times[name] / times["jax"], 1) if known else ""
+        rows.append(row)
+        print(row, flush=True)
+    small = _ContrastiveCase(1, 4_096, 109, 1_024)
+    for sampler in ("mixture_proposals", "inverse_cdf", "categorical"):
+        milliseconds = 1e3 * _medians({sampler: small.ours(sampler)}, 1)[sampler]
+        print(f"{sampler}: {milliseconds:.0f} ms for 1 image of 4,096 pixels with 1,024 anchors", flush=True)
+    return rows
+
+
+class _ContrastiveCase:
+    """Random embeddings and a map of softmaxes, for us and for PyTorch."""
+
+    negatives, embedding = 256, 128
+
+    def __init__(self, images: int, pixels: int, dim: int, anchors: int | None):
+        rng = np.random.default_rng(0)
+        logits = 4 * rng.normal(size=(images, pixels, dim)).astype(np.float32)
+        self.g = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        self.z_weak, self.z_strong = (_unit(rng.normal(size=(images, pixels, self.embedding))) for _ in range(2))
+        self.anchors = anchors
+
+    def ours(self, sampler: str) -> Callable[[], None]:
+        config = ContrastiveConfig(num_negatives=self.negatives, num_anchors=self.anchors, sampler=sampler)
+        valid = jnp.ones(self.g.shape[:2], bool)
+
+        def loss(z_weak, z_strong, g):
             total, count, _ = contrastive_loss(
-                jax.random.key(1), config, **{**arrays, "z_weak": z_weak, "z_strong": z_strong}
+                jax.random.key(1), config, z_weak=z_weak, z_strong=z_strong, g=g, valid=valid
             )
             return total / count
 
-        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(arrays["z_weak"], arrays["z_strong"]).compile()
-        variants[sampler] = (step, (arrays["z_weak"], arrays["z_strong"]))
-    return compare(variants, repeats)
+        operands = tuple(jnp.asarray(array) for array in (self.z_weak, self.z_strong, self.g))
+        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*operands).compile()
+        return functools.partial(_run, step, *operands)
+
+    def torch(self, version: Callable[..., float]) -> Callable[[], None]:
+        import torch
+
+        z_weak, z_strong, g = (torch.from_numpy(array).flatten(0, 1) for array in (self.z_weak, self.z_strong, self.g))
+        images, pixels = self.g.shape[:2]
+
+        def step() -> None:
+            leaves = [z.clone().requires_grad_() for z in (z_weak, z_strong)]
+            anchors = torch.arange(images * pixels)
+            if self.anchors:
+                chosen = torch.rand(images, pixels).topk(self.anchors).indices
+                anchors = (chosen + pixels * torch.arange(images)[:, None]).flatten()
+            version(*leaves, g, anchors, self.negatives, 0.2)
+
+        return step
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def _peak_mib(call: Callable[[], Any]) -> int:
+    """How far one call raises the process's peak memory above what it held before (Linux only)."""
+    call()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is held now
+    before = _status_kib("VmRSS")
+    call()
+    return round((_status_kib("VmHWM") - before) / 1024)
+
+
+def _status_kib(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def student_step(repeats: int) -> list[dict[str, Any]]:
