@@ -8,12 +8,12 @@ Scenes of a source look stand in for what a foundation model has seen; the task 
 from configs import common
 
 STEPS = {
-    "pretrain": 3000,
+    "pretrain": 2000,
     "finetune": 150,
-    "adapt": 200,
-    "distill": 500,
-    "refine": 120,
-    "student_supervised": 620,
+    "adapt": 150,
+    "distill": 450,
+    "refine": 80,
+    "student_supervised": 530,
 }
 
 
@@ -48,7 +48,9 @@ def get_config(argument: str = "cast"):
     common.small_steps(config, STEPS, log_every=20, save_every=100)
     config.steps.pretrain.data.views = ("strong",)
     config.steps.pretrain.objective.supervised_views = ("strong",)
-    for name in ("finetune", "adapt", "refine"):
+    for name in ("finetune", "adapt"):
         config.steps[name].optimizer.learning_rate = 1e-3
+    # The labels alone, once more: at a high rate the student would forget what the pseudo-labels taught it.
+    config.steps.refine.optimizer.learning_rate = 2e-4
     config.pseudo_labels.threshold = 0.5
     return config

@@ -66,7 +66,13 @@ def convert(name: str, source: Path, destination: Path, changes: Mapping[str, An
         write_json(destination / "config.json", described)
         write_json(destination / "classes.json", [])
 
-    write_tensors(destination / WEIGHTS, shapes, converted(checkpoint, origins), before=describe)
+    existed = destination.exists()
+    try:
+        write_tensors(destination / WEIGHTS, shapes, converted(checkpoint, origins), before=describe)
+    except BaseException:
+        if not existed and destination.is_dir() and not any(destination.iterdir()):
+            destination.rmdir()
+        raise
     ignored = len(checkpoint.shapes) - len({origin.key for origin in origins.values()})
     print(f"{name}: {len(shapes)} parameters from {source} ({ignored} keys ignored) in {destination / WEIGHTS}")
     if narrow := [dtype for dtype in described["converted"]["dtypes"] if dtype.lower() not in ("f32", "float32")]:

@@ -123,7 +123,8 @@ def plan(
     ``relatives`` makes the shapes of the other models by name; called only for an error, to recognise the variant.
 
     Raises:
-      UserError: listing everything missing, unexpected, mis-shaped or filled twice, and which variant it is instead.
+      UserError: listing everything missing, unexpected, mis-shaped, filled twice or not of floats, and which variant it
+        is instead.
     """
     placement = place(checkpoint.shapes, rules)
     given = {target: placement.shape(target, checkpoint.shapes) for target in placement.origins}
@@ -135,6 +136,11 @@ def plan(
         "unexpected": [
             *(f"{key:<48} {nearest(key, wanted)}" for key in placement.unmatched),
             *(f"{placement.origins[name][0].key:<48} would be {name}, which {model} lacks" for name in beyond),
+        ],
+        "no floats": [
+            f"{origins[0].key:<48} {checkpoint.dtypes[origins[0].key]}; dequantise it first"
+            for origins in placement.origins.values()
+            if not re.fullmatch(r"b?f(loat)?\d+", checkpoint.dtypes[origins[0].key].lower())
         ],
         "mis-shaped": [
             f"{name:<48} {given[name] or 'impossible'} from {(key := placement.origins[name][0].key)} "
@@ -156,9 +162,16 @@ def plan(
 
 
 def converted(checkpoint: Checkpoint, plan: Mapping[str, Origin]) -> Iterator[np.ndarray]:
-    """The parameters one after the other, float32; reads a source tensor when it is needed and keeps none."""
+    """The parameters one after the other, float32; reads a source tensor when it is needed and keeps none.
+
+    Raises:
+      UserError: a value is not finite.
+    """
     for origin in plan.values():
-        yield np.ascontiguousarray(origin.convert(checkpoint.read(origin.key)), np.float32)
+        array = np.ascontiguousarray(origin.convert(checkpoint.read(origin.key)), np.float32)
+        if not np.isfinite(array).all():
+            raise UserError(f"{checkpoint.path}: {origin.key} has values that are not finite; the training diverged")
+        yield array
 
 
 def write_tensors(path: Path, shapes: Shapes, arrays: Iterable[np.ndarray], before: Callable[[], None]) -> None:

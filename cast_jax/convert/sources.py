@@ -19,7 +19,7 @@ from cast_jax.core.files import read_json
 # What training programs wrap around the weights, unwrapped in this order (DINOv2 training: "teacher"; UniMatch-V2 and
 # SAM2: "model"; OpenMMLab and Lightning: "state_dict").
 WRAPPERS = ("state_dict", "model", "teacher")
-PREFIX = "module."  # DistributedDataParallel's
+PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 
 T = TypeVar("T")
@@ -109,10 +109,14 @@ def _open_torch(path: Path) -> Checkpoint:
         # Files from before PyTorch 1.6 are no archives and cannot be mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path}: refused; not PyTorch weights, or a pickle with more than those: {reason}") from error
+        # PyTorch's own message advises to switch this protection off.
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks for {found[1]}" if found else "it is no pickle of tensors"
+        raise UserError(f"{path}: refused; weights hold tensors and nothing to run, but {reason}") from error
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: not a readable PyTorch file: {str(error).partition(chr(10))[0]}") from error
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        told = f": {reason}" if " " in reason else ""  # of a text file Python only says which character it met
+        raise UserError(f"{path}: not a readable PyTorch file{told}; is it whole?") from error
     tensors = unwrap(content, path)
     if others := [key for key, value in tensors.items() if not isinstance(value, torch.Tensor)]:
         raise UserError(f"{path}: no weights: {', '.join(map(str, others[:5]))} is no tensor")
@@ -160,7 +164,7 @@ def fold_batch_norms(checkpoint: Checkpoint, epsilon: float = 1e-5) -> Checkpoin
 
 
 def unwrap(content: Any, path: Path) -> dict[str, Any]:
-    """The weights inside ``WRAPPERS`` and without ``PREFIX``.
+    """The weights inside ``WRAPPERS`` and without ``PREFIXES``.
 
     Raises:
       UserError: there is no mapping with keys.
@@ -172,9 +176,10 @@ def unwrap(content: Any, path: Path) -> dict[str, Any]:
         content = inner
     if not isinstance(content, Mapping) or not content:
         raise UserError(f"{path}: no weights in it, but a {type(content).__name__}")
-    if all(str(key).startswith(PREFIX) for key in content):
-        return {key.removeprefix(PREFIX): value for key, value in content.items()}
-    return {str(key): value for key, value in content.items()}
+    weights = {str(key): value for key, value in content.items()}
+    while prefix := next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in weights)), ""):
+        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+    return weights
 
 
 def _json(path: Path) -> dict[str, Any]:

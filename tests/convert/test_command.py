@@ -209,6 +209,31 @@ def test_hugging_face_configurations_are_held_against_the_model(tmp_path):
     assert not (tmp_path / "destination").exists()
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda tensor: tensor * float("nan"), r"norm\.weight has values that are not finite"),
+        (lambda tensor: tensor.to(torch.int8), r"no floats +norm\.weight +int8; dequantise it first"),
+    ],
+)
+def test_spoilt_values_leave_nothing_behind(tmp_path, spoil, message):
+    weights = official_dinov2()
+    source = save_torch(tmp_path / "x.pth", weights | {"norm.weight": spoil(weights["norm.weight"])})
+    with pytest.raises(UserError, match=message):
+        convert("dinov2_s", source, tmp_path / "destination", encoder_changes())
+    assert not (tmp_path / "destination").exists()
+    convert("dinov2_s", save_torch(tmp_path / "y.pth", weights), tmp_path / "destination", encoder_changes())
+    before = (tmp_path / "destination" / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match=message):
+        convert("dinov2_s", source, tmp_path / "destination", encoder_changes())
+    assert (tmp_path / "destination" / "model.safetensors").read_bytes() == before
+
+
+def test_compiled_and_distributed_prefixes(tmp_path):
+    weights = {f"_orig_mod.module.{key}": value for key, value in official_dinov2().items()}
+    check("dinov2_s", save_torch(tmp_path / "x.pth", weights), tmp_path / "destination", encoder_changes())
+
+
 def test_bad_destinations(tmp_path):
     dinov2().save_pretrained(tmp_path / "source")
     before = (tmp_path / "source" / "model.safetensors").read_bytes()
