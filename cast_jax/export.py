@@ -30,13 +30,13 @@ def save_weights(path: Path, params: Params, model: dict[str, Any], categories: 
     atomic_write(path, save(arrays, metadata={"format": "cast_jax"}))
 
 
-def load_weights(path: Path) -> tuple[Params, dict[str, Any], tuple[Category, ...]]:
+def load_weights(path: Path | str) -> tuple[Params, dict[str, Any], tuple[Category, ...]]:
     """Reads what :func:`save_weights` wrote: nested parameters, the model's configuration, the classes.
 
     Raises:
       UserError: a missing or damaged file, naming it.
     """
-    return _load(path, load_file)
+    return _load(Path(path), load_file)
 
 
 def load_shapes(path: Path) -> tuple[Params, dict[str, Any], tuple[Category, ...]]:

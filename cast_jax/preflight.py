@@ -273,14 +273,25 @@ def as_converted(run: RunConfig) -> RunConfig:
             continue
         stored = read_json(described)
         if "converted" not in stored:
+            if "model_type" in stored:
+                raise UserError(
+                    f"config.init.{role}: {given} is a Hugging Face model; convert it first: "
+                    f"cast-convert MODEL {given} DESTINATION"
+                )
             continue  # an export of our own: its model is spelled out in the configuration that made it
+        theirs = stored["model"]["encoder"]
+        wanted = segmenter_config(models[role], f"config.model.{role}").encoder
+        if not theirs.keys() <= {field.name for field in dataclasses.fields(wanted)}:
+            raise UserError(
+                f"config.init.{role}: {given} holds a {stored['converted']['name']}; "
+                f"config.model.{role} has another kind of encoder, {type(wanted).__name__.removesuffix('Config')}"
+            )
         encoder = models[role].get("encoder", {})
         if isinstance(encoder, Mapping):
             models[role] = {**models[role], "encoder": {**stored["converted"]["decided"], **encoder}}
         ours = to_json(dataclasses.asdict(segmenter_config(models[role], f"config.model.{role}").encoder))
-        theirs = stored["model"]["encoder"]
         faults = [
-            f"{key} is {ours[key]}, there {theirs[key]}"
+            f"{key} is {ours[key]}, in the weights {theirs[key]}"
             for key in ours
             if key in theirs and key not in ONLY_TRAINING and ours[key] != theirs[key]
         ]

@@ -17,7 +17,7 @@ def get_config(argument: str = "cast"):
     config = common.base(arguments, "configs/cityscapes.py")
     config.data.kind = "cityscapes"
     config.data.update({"root": "", "split": "", "labelled": arguments.labelled})
-    common.student_parts(config, arguments.encoder, arguments.decoder)
+    common.student_parts(config, arguments)
     if arguments.smoke:
         common.smoke(config)
         config.data.labelled = 4

@@ -12,13 +12,15 @@ from configs import common
 def get_config(argument: str = "cast"):
     """``step[,seed=0][,smoke][,size=518][,encoder=dinov2_s][,decoder=dpt]``.
 
-    ``size`` is the side of the square that images are fitted into; encoders of stride 32 need 448 or 672.
+    ``size`` is the side of the square that images are fitted into: a multiple of 14, and with an encoder of stride 32
+    beside the teacher's 14, of 224 (448 if it is left out).
     """
-    arguments = common.parse_arguments(argument, size=518, encoder="dinov2_s", decoder="dpt")
+    arguments = common.parse_arguments(argument, size=0, encoder="dinov2_s", decoder="dpt")
     config = common.base(arguments, "configs/coco.py")
     config.data.kind = "coco"
-    common.student_parts(config, arguments.encoder, arguments.decoder)
-    config.data.image_size = (arguments.size, arguments.size)
+    common.student_parts(config, arguments)
+    side = arguments.size or (518 if arguments.encoder.startswith("dinov2") else 448)
+    config.data.image_size = (side, side)
     config.data.update({"labelled": "", "unlabelled": "", "val": "", "labelled_images": "", "val_images": ""})
     if arguments.smoke:
         common.smoke(config)

@@ -168,11 +168,17 @@ def _step(
     }
 
 
-def student_parts(config: ConfigDict, encoder: str, decoder: str) -> None:
-    """Another encoder or decoder in the paper's student.
+def student_parts(config: ConfigDict, arguments: FrozenConfigDict) -> None:
+    """Another encoder or decoder in the paper's student: the arguments of these names.
 
     Encoders of stride 32 see a canvas whose sides are multiples of 32 and of the teacher's 14.
+
+    Raises:
+      ValueError: they are given with ``smoke``, which has small models of its own.
     """
+    encoder, decoder = arguments.encoder, arguments.decoder
+    if arguments.smoke and (encoder, decoder) != ("dinov2_s", "dpt"):
+        raise ValueError("smoke has small models of its own: leave encoder= and decoder= out")
     if encoder != "dinov2_s":
         config.model.student.encoder = {"name": encoder}
     if decoder != "dpt":

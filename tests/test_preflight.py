@@ -185,5 +185,18 @@ def test_an_encoder_is_resized_as_its_checkpoint_was_trained(tmp_path):
         change(values)
         values["model"]["student"]["encoder"] = {"num_heads": 4}
 
-    with pytest.raises(UserError, match=r"config\.init\.student: .* num_heads is 4, there 2"):
+    with pytest.raises(UserError, match=r"config\.init\.student: .* num_heads is 4, in the weights 2"):
         as_converted(run_config(contradict))
+
+    def another(values):
+        change(values)
+        values["model"]["student"]["encoder"] = {"name": "resnet50"}
+
+    write_json(
+        tmp_path / "config.json", {"model": {"encoder": encoder}, "converted": {"name": "dinov2_s", "decided": {}}}
+    )
+    with pytest.raises(UserError, match=r"holds a dinov2_s; config\.model\.student has another .*, BottleneckResNet"):
+        as_converted(run_config(another))
+    write_json(tmp_path / "config.json", {"model_type": "dinov2"})
+    with pytest.raises(UserError, match="is a Hugging Face model; convert it first: cast-convert"):
+        as_converted(run_config(change))

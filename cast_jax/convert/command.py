@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from cast_jax.convert.models import (
     relatives,
 )
 from cast_jax.convert.sources import open_checkpoint
-from cast_jax.convert.verify import format_stages, verify
+from cast_jax.convert.verify import check_installed, format_stages, verify
 from cast_jax.core.config import to_json
 from cast_jax.core.errors import UserError
 from cast_jax.core.files import write_json
@@ -35,17 +36,22 @@ from cast_jax.core.files import write_json
 WEIGHTS = "model.safetensors"
 
 
-def convert(name: str, source: Path, destination: Path, changes: Mapping[str, Any] | None = None) -> PretrainedConfig:
-    """Converts; memory stays below the checkpoint's size, and nothing appears in ``destination`` unless all went well.
+def convert(
+    name: str,
+    source: Path,
+    destination: Path,
+    changes: Mapping[str, Any] | None = None,
+    called: Path | None = None,
+) -> PretrainedConfig:
+    """Converts, and says so (of the destination as ``called``).
+
+    Memory stays below the checkpoint's size, and nothing appears in ``destination`` unless all went well.
 
     Raises:
       UserError: an unreadable source, or one that does not make the model (see ``engine.plan``), or whose
         ``config.json`` describes another; a destination that is a file, or the source's own folder.
     """
-    if destination.exists() and not destination.is_dir():
-        raise UserError(f"{destination}: the destination is a file; name a folder")
-    if destination.resolve() in (source.resolve(), source.resolve().parent):
-        raise UserError(f"{destination}: the destination holds the source; name another folder")
+    check_destination(source, destination)
     checkpoint = known_model(name).network.prepared(open_checkpoint(source))
     config = pretrained_config(name, checkpoint, changes)
     shapes = parameter_shapes(config)
@@ -74,10 +80,19 @@ def convert(name: str, source: Path, destination: Path, changes: Mapping[str, An
             destination.rmdir()
         raise
     ignored = len(checkpoint.shapes) - len({origin.key for origin in origins.values()})
-    print(f"{name}: {len(shapes)} parameters from {source} ({ignored} keys ignored) in {destination / WEIGHTS}")
+    written = (called or destination) / WEIGHTS
+    print(f"{name}: {len(shapes)} parameters from {source} ({ignored} keys ignored) in {written}")
     if narrow := [dtype for dtype in described["converted"]["dtypes"] if dtype.lower() not in ("f32", "float32")]:
         print(f"converted to float32 from {', '.join(narrow)}")
     return config
+
+
+def check_destination(source: Path, destination: Path) -> None:
+    """Raises :class:`UserError` for a destination that is a file, or that holds the source."""
+    if destination.exists() and not destination.is_dir():
+        raise UserError(f"{destination}: the destination is a file; name a folder")
+    if destination.resolve() in (source.resolve(), source.resolve().parent, source.parent.resolve()):
+        raise UserError(f"{destination}: the destination holds the source; name another folder")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -94,14 +109,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     try:
-        config = convert(options.model, options.source, options.destination, parse_changes(options.config))
+        changes = parse_changes(options.config)
         if options.verify:
-            stages = verify(config, options.source, options.destination / WEIGHTS)
-            print(format_stages(stages))
-            if failed := [stage.name for stage in stages if not stage.passed]:
-                raise UserError(f"beyond the tolerance: {', '.join(failed)}")
+            _verified(options.model, options.source, options.destination, changes)
+        else:
+            convert(options.model, options.source, options.destination, changes)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def _verified(name: str, source: Path, destination: Path, changes: Mapping[str, Any]) -> None:
+    """Converts into a folder beside the destination, whose files go there only if every stage passes."""
+    check_installed()
+    check_destination(source, destination)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as folder:
+        config = convert(name, source, Path(folder), changes, called=destination)
+        stages = verify(config, source, Path(folder) / WEIGHTS)
+        print(format_stages(stages))
+        if failed := [stage.name for stage in stages if not stage.passed]:
+            raise UserError(f"beyond the tolerance, nothing written: {', '.join(failed)}")
+        destination.mkdir(exist_ok=True)
+        for file in ("classes.json", "config.json", WEIGHTS):  # the weights last: a reader who finds them finds all
+            (Path(folder) / file).replace(destination / file)
+    print(f"all {len(stages)} stages agree with PyTorch's: {destination / WEIGHTS}")
 
 
 def parse_changes(pairs: Sequence[str]) -> dict[str, Any]:

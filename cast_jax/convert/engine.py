@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -191,6 +192,8 @@ def write_tensors(path: Path, shapes: Shapes, arrays: Iterable[np.ndarray], befo
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays:
             file.write(array.astype("<f4", copy=False).data)
+        file.flush()
+        os.fsync(file.fileno())  # a full disk shows here, before anything of the old content has gone
         before()
 
 

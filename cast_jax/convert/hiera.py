@@ -61,19 +61,20 @@ def facts(given: Mapping[str, Any], config: HieraConfig) -> dict[str, tuple[Any,
     """What no tensor's shape shows; absent keys are at Hugging Face's defaults, which are the tiny model's."""
     for part in ("vision_config", "backbone_config"):
         given = given.get(part) or given
-    return {
-        "window_size_per_stage": (given.get("window_size_per_stage") or [8, 4, 14, 7], list(config.window_sizes)),
-        "global_attention_blocks": (given.get("global_attention_blocks") or [5, 7, 9], list(config.global_blocks)),
-        "num_attention_heads_per_stage": (
-            given.get("num_attention_heads_per_stage") or [1, 2, 4, 8],
-            [config.num_heads * 2**stage for stage in range(config.depth)],
-        ),
-        "patch_stride": (given.get("patch_stride") or [PATCH] * 2, [PATCH] * 2),
-        "query_stride": (given.get("query_stride") or [2, 2], [2, 2]),
-        "num_query_pool_stages": (given.get("num_query_pool_stages", 3), 3),
-        "hidden_act": (given.get("hidden_act", "gelu"), "gelu"),
-        "layer_norm_eps": (given.get("layer_norm_eps", 1e-6), EPSILON),
+    heads = [config.num_heads * 2**stage for stage in range(config.depth)]
+    ours: dict[str, tuple[Any, Any]] = {  # Hugging Face's default, ours
+        "window_size_per_stage": ([8, 4, 14, 7], list(config.window_sizes)),
+        "global_attention_blocks": ([5, 7, 9], list(config.global_blocks)),
+        "num_attention_heads_per_stage": ([1, 2, 4, 8], heads),
+        "patch_stride": ([PATCH] * 2, [PATCH] * 2),
+        "patch_padding": ([3, 3], [3, 3]),
+        "query_stride": ([2, 2], [2, 2]),
+        "num_query_pool_stages": (3, 3),
+        "hidden_act": ("gelu", "gelu"),
+        "layer_norm_eps": (1e-6, EPSILON),
     }
+    stated = {name: value for name, value in given.items() if value is not None}
+    return {name: (stated.get(name, default), value) for name, (default, value) in ours.items()}
 
 
 def layout(keys: Iterable[str]) -> str:

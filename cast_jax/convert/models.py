@@ -14,7 +14,7 @@ from cast_jax.convert import dpt as dpt_keys
 from cast_jax.convert.engine import Rule, Shapes, place
 from cast_jax.convert.networks import NETWORKS, Network
 from cast_jax.convert.sources import Checkpoint
-from cast_jax.core.config import build
+from cast_jax.core.config import build, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.core.rules import named_leaves
 from cast_jax.models.dinov2 import DinoV2Config, dinov2_b, dinov2_l, dinov2_s
@@ -30,6 +30,11 @@ class PretrainedConfig:
     encoder: EncoderConfig
     decoder: DptConfig | None = None
     encoder_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_ranges(self, encoder_layers=f"[0, {self.encoder.depth})")
+        if self.decoder and (len(self.encoder_layers) != 4 or list(self.encoder_layers) != sorted(self.encoder_layers)):
+            raise UserError(f"encoder_layers {self.encoder_layers} must be four maps, shallow to deep")
 
     @property
     def network(self) -> Network:
@@ -94,6 +99,10 @@ def pretrained_config(name: str, checkpoint: Checkpoint, changes: Mapping[str, A
       UserError: an unknown name, part or field; sizes that cannot be.
     """
     named, changes = known_model(name), dict(changes or {})
+    for part in ("encoder", "decoder"):
+        if part in changes and not (isinstance(changes[part], Mapping) and getattr(named, part)):
+            absent = f"{name} has no {part}" if not getattr(named, part) else f"give its fields, --config={part}.…=…"
+            raise UserError(f"--config {part}={changes[part]}: {absent}")
     encoder = {**vars(named.encoder), **named.network.found(checkpoint.shapes), **changes.pop("encoder", {})}
     parts: dict[str, Any] = {"encoder": build(type(named.encoder), encoder, "--config encoder")}
     if named.decoder and "decoder" in changes:
@@ -147,10 +156,13 @@ def check_facts(config: PretrainedConfig, checkpoint: Checkpoint) -> None:
     """
     if not checkpoint.config:
         return
-    facts = config.network.facts(checkpoint.config, config.encoder)
-    indices = (checkpoint.config.get("backbone_config") or checkpoint.config).get("out_indices")
-    if config.decoder and indices:
-        facts["out_indices"] = list(indices), [layer + 1 for layer in config.encoder_layers]
-    faults = [f"{key} is {theirs}, not {ours}" for key, (theirs, ours) in facts.items() if theirs != ours]
+    try:
+        facts = config.network.facts(checkpoint.config, config.encoder)
+        indices = (checkpoint.config.get("backbone_config") or checkpoint.config).get("out_indices")
+        if config.decoder and indices:
+            facts["out_indices"] = list(indices), [layer + 1 for layer in config.encoder_layers]
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"{checkpoint.path}: its config.json is not as Hugging Face writes it: {error}") from error
+    faults = [f"{key} is {theirs!r}, not {ours!r}" for key, (theirs, ours) in facts.items() if theirs != ours]
     if faults:
         raise UserError(f"{checkpoint.path / 'config.json'}: another model than the one asked for: {'; '.join(faults)}")

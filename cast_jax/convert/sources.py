@@ -49,7 +49,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if path.suffix == ".safetensors":
-        return _open_safetensors(path, [path], {})
+        described = path.parent / "config.json"  # of the folder that this is the only file of
+        config = _json(described) if path.name == "model.safetensors" and described.exists() else {}
+        return _open_safetensors(path, [path], config)
     if path.suffix in (".pth", ".pt", ".bin"):
         return _open_torch(path)
     raise UserError(f"{path}: not a folder, a .safetensors or a .pth file")
@@ -61,7 +63,7 @@ def _open_folder(folder: Path, config: dict[str, Any]) -> Checkpoint:
     if single.exists():
         return _open_safetensors(folder, [single], config)
     if not index.exists():
-        raise UserError(f"{folder}: neither {single.name} nor {index.name} in this folder")
+        raise UserError(f"{folder}: neither {single.name} nor {index.name} in this folder; a .pth is given by its name")
     names = _json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{index}: no weight_map from keys to files")
@@ -113,13 +115,14 @@ def _open_torch(path: Path) -> Checkpoint:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it asks for {found[1]}" if found else "it is no pickle of tensors"
         raise UserError(f"{path}: refused; weights hold tensors and nothing to run, but {reason}") from error
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
+    except Exception as error:  # damaged pickles and archives fail in more ways than can be listed
         reason = str(error).partition("\n")[0].partition(". ")[0]
         told = f": {reason}" if " " in reason else ""  # of a text file Python only says which character it met
         raise UserError(f"{path}: not a readable PyTorch file{told}; is it whole?") from error
     tensors = unwrap(content, path)
-    if others := [key for key, value in tensors.items() if not isinstance(value, torch.Tensor)]:
-        raise UserError(f"{path}: no weights: {', '.join(map(str, others[:5]))} is no tensor")
+    plain = lambda value: isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
+    if others := [key for key, value in tensors.items() if not plain(value)]:
+        raise UserError(f"{path}: no weights: {', '.join(map(str, others[:5]))} is no tensor, or a sparse or empty one")
     return Checkpoint(
         path,
         {key: tuple(tensor.shape) for key, tensor in tensors.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from cast_jax.models.functional import Functional
 TOLERANCES = {"encoder": 5e-5, "decoder": 5e-4}
 # The compared images, in patches: not square, not the grid of a position embedding, no multiple of a window.
 PATCHES = {False: (7, 10), True: (3, 5)}  # of a plain ViT, of a pyramid, whose patches are larger
+_DESCRIBED = "does its config.json describe these weights?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,26 +54,40 @@ def verify(
     Raises:
       UserError: torch is not installed, or the files cannot be read.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError("--verify needs torch: pip install 'cast_jax[convert]'") from error
+    check_installed()
+    import torch
+
     if isinstance(config.encoder, DinoV2Config):
         config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, position_offset=0.0))
     rows, columns = patches or PATCHES[config.encoder.pyramid]
     side = config.encoder.patch_size
     images = np.random.default_rng(0).normal(size=(1, rows * side, columns * side, 3)).astype(np.float32)
-    with torch.no_grad():
-        model = _reference(config, source)
-        expected = _reference_stages(model, config, torch.from_numpy(images).permute(0, 3, 1, 2))
+    try:
+        with torch.no_grad():
+            model = _reference(config, source)
+            expected = _reference_stages(model, config, torch.from_numpy(images).permute(0, 3, 1, 2))
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{source}: Hugging Face's model cannot use it ({reason}); {_DESCRIBED}") from error
     params, _, _ = load_weights(weights)
     ours = Functional(lambda rngs: Pretrained(config, rngs=rngs))
     with jax.default_matmul_precision("highest"):
         computed = jax.jit(ours.apply)(params, images)
+    if expected.keys() != computed.keys():
+        raise UserError(f"{source}: Hugging Face's model has {len(expected)} stages, not {len(computed)}; {_DESCRIBED}")
     return [
         _compare(name, np.asarray(computed[name]), value, TOLERANCES[name.partition("/")[0]])
         for name, value in expected.items()
     ]
+
+
+def check_installed() -> None:
+    """Raises :class:`UserError` unless the libraries are there that the reference needs."""
+    for library in ("torch", "transformers"):
+        try:
+            importlib.import_module(library)
+        except ImportError as error:
+            raise UserError(f"--verify needs {library}: pip install 'cast_jax[convert]'") from error
 
 
 def format_stages(stages: list[Stage]) -> str:
@@ -99,7 +115,7 @@ def _reference(config: PretrainedConfig, source: Path) -> Any:
         model = dpt.reference(config.encoder, config.decoder, config.encoder_layers)
     else:
         model = network.reference(config.encoder)
-    if checkpoint.config.get("model_type") == model.config.model_type:
+    if source.is_dir() and checkpoint.config.get("model_type") == model.config.model_type:
         return type(model).from_pretrained(source, dtype=torch.float32).eval()
     _fill(model, checkpoint, config)
     return model.eval()

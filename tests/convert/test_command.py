@@ -254,6 +254,10 @@ def test_bad_destinations(tmp_path):
         (["dinov2_s", "x.pth", "--config=encoder.dpeth=3"], "--config encoder: unknown key dpeth"),
         (["dinov2_s", "x.pth", "--config=depth"], "--config depth: must be like encoder.depth=3"),
         (["dinov2_s", "other.pth"], "these weights do not make a dinov2_s"),
+        (["dinov2_s", "x.pth", "--config=encoder=3"], "--config encoder=3: give its fields"),
+        (["dinov2_s", "x.pth", "--config=decoder.features=8"], "dinov2_s has no decoder"),
+        (["dinov2_dpt_s", "x.pth", "--config=encoder_layers=[9,10,11,12]"], "encoder_layers is"),
+        (["dinov2_dpt_s", "x.pth", "--config=encoder_layers=[3,2,1,0]"], "must be four maps, shallow to deep"),
     ],
 )
 def test_the_command_ends_with_a_message(tmp_path, monkeypatch, arguments, message):
@@ -275,11 +279,29 @@ def test_verification_can_fail(tmp_path, monkeypatch, capsys):
     arguments = ["dinov2_s", str(source), str(tmp_path / "destination"), "--verify", *as_flags(encoder_changes())]
     main(arguments)
     assert "FAILED" not in capsys.readouterr().out
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("destination/*")}
     monkeypatch.setitem(engine.LAYOUTS, "linear", lambda weight: weight if len(set(weight.shape)) == 1 else weight.T)
     with pytest.raises(SystemExit) as caught:
         main(arguments)
-    assert str(caught.value.code).startswith("error: beyond the tolerance: encoder/blocks/0")
+    assert str(caught.value.code).startswith("error: beyond the tolerance, nothing written: encoder/blocks/0")
     assert "FAILED" in capsys.readouterr().out
+    assert before == {path.name: path.read_bytes() for path in tmp_path.glob("destination/*")}
+    assert {path.name for path in tmp_path.iterdir()} == {"x.pth", "destination"}
+
+
+def test_a_description_that_is_not_of_the_weights_is_named(tmp_path):
+    """Nothing that Hugging Face's loader then raises comes through."""
+    source = tmp_path / "source"
+    dinov2().save_pretrained(source)
+    described = json.loads((source / "config.json").read_text())
+    for change in ({"hidden_size": 48}, {"num_hidden_layers": 5}, {"num_attention_heads": "2"}):
+        (source / "config.json").write_text(json.dumps(described | change))
+        with pytest.raises(SystemExit, match=r"config\.json"):
+            main(["dinov2_s", str(source), str(tmp_path / "out"), "--verify", *as_flags(encoder_changes())])
+    assert not (tmp_path / "out").exists()
+    (source / "config.json").write_text(json.dumps(described | {"num_attention_heads": 3}))
+    with pytest.raises(UserError, match="num_attention_heads is 3, not 2"):  # the only file of the folder, by its name
+        convert("dinov2_s", source / "model.safetensors", tmp_path / "out", encoder_changes())
 
 
 def test_changes_are_parsed():

@@ -146,6 +146,7 @@ def test_a_tiny_model_is_recognised(tmp_path):
 
 def test_configurations_are_held_against_ours(tmp_path):
     assert all(theirs == ours for theirs, ours in facts({}, sam2_t()).values())
+    assert facts({"global_attention_blocks": []}, sam2_t())["global_attention_blocks"] == ([], [5, 7, 9])
     sam2().save_pretrained(tmp_path / "whole")
     changes = {"encoder": {**CHANGES["encoder"], "global_blocks": [4]}}
     with pytest.raises(UserError, match=r"global_attention_blocks is \[4, 7\], not \[4\]"):
