@@ -107,7 +107,9 @@ def test_memory_stays_at_one_tensor(tmp_path):
     """The arrays appear one by one: the peak is a few of a hundred."""
     shapes = {f"layers.{n}.fc.weight": (128, 512) for n in range(10)}
     wanted = {f"layers/{n}/fc/kernel": (512, 128) for n in range(10)}
-    source = Checkpoint(Path("x"), shapes, {}, lambda key: np.ones(shapes[key], np.float32), {})
+    source = Checkpoint(
+        Path("x"), shapes, dict.fromkeys(shapes, "F32"), lambda key: np.ones(shapes[key], np.float32), {}
+    )
     origins = plan(source, RULES, wanted, "toy")
     tracemalloc.start()
     write_tensors(tmp_path / "model.safetensors", wanted, converted(source, origins), before=lambda: None)
