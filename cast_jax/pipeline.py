@@ -54,6 +54,8 @@ from cast_jax.visualize import contact_sheet, overlay, save_image, side_by_side
 
 logger = logging.getLogger(__name__)
 
+MANY_PARAMETERS = 10.0  # millions, above which random initial weights are most likely an oversight
+
 
 def run(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     """Runs ``config.step`` (one step, or ``cast`` for all of ``config.pipeline``) and returns the summary.
@@ -157,13 +159,18 @@ class Pipeline:
         _, start = starting_weights(self.config, name, self.workdir)
         labelled = self.datasets.pretrain if step.source == "pretrain" else self.datasets.labelled
         recipe = self.config.recipe(name, self.categories)
+        parameters = count_parameters(recipe.segmenter.abstract()) / 1e6
+        origin = f"{start} ({', '.join(step.start_parts) or 'everything'})" if start else "random weights"
         logger.info(
-            "%s: %s, %.2f M parameters, from %s",
-            name,
-            self.config.model[step.model]["name"],
-            count_parameters(recipe.segmenter.abstract()) / 1e6,
-            start or "fresh weights",
+            "%s: %s, %.2f M parameters, from %s", name, self.config.model[step.model]["name"], parameters, origin
         )
+        if start is None and parameters > MANY_PARAMETERS:
+            logger.warning(
+                "%s: so large a model learns little from few images without pretrained weights: convert some "
+                "(cast-convert) and give their folder as --config.init.%s=…",
+                name,
+                step.model,
+            )
         predictor = self._predictor(recipe.segmenter)
         with Prefetcher(make_loader(labelled, self._unlabelled(name), self.config.loader_config(name))) as loader:
             train(

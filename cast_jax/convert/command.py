@@ -13,6 +13,7 @@ import dataclasses
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,11 @@ def convert(
         if not existed and destination.is_dir() and not any(destination.iterdir()):
             destination.rmdir()
         raise
-    ignored = len(checkpoint.shapes) - len({origin.key for origin in origins.values()})
+    used = {origin.key for origin in origins.values()}
+    left = Counter(key.partition(".")[0] for key in checkpoint.shapes if key not in used)
+    listed = ", ".join(f"{count} of {first}" for first, count in left.items())
     written = (called or destination) / WEIGHTS
-    print(f"{name}: {len(shapes)} parameters from {source} ({ignored} keys ignored) in {written}")
+    print(f"{name}: {len(shapes)} parameters from {source} in {written}; keys ignored: {listed or 'none'}")
     if narrow := [dtype for dtype in described["converted"]["dtypes"] if dtype.lower() not in ("f32", "float32")]:
         print(f"converted to float32 from {', '.join(narrow)}")
     return config

@@ -39,10 +39,16 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Opens a Hugging Face folder (sharded or not), a ``.safetensors`` file or a ``.pth``; reads no values yet.
 
+    ``PREFIXES`` that all keys share are left out.
+
     Raises:
       UserError: no such file, a folder without weights, a damaged file, a pickle that holds more than tensors, shards
         that are missing, lie outside the folder or share keys.
     """
+    return _without_prefixes(_open(path))
+
+
+def _open(path: Path) -> Checkpoint:
     if path.is_dir():
         config = _json(path / "config.json") if (path / "config.json").exists() else {}
         return _open_folder(path, config)
@@ -63,7 +69,9 @@ def _open_folder(folder: Path, config: dict[str, Any]) -> Checkpoint:
     if single.exists():
         return _open_safetensors(folder, [single], config)
     if not index.exists():
-        raise UserError(f"{folder}: neither {single.name} nor {index.name} in this folder; a .pth is given by its name")
+        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pth", ".pt"))
+        instead = f"; give {' or '.join(pickles)} by its name" if pickles else ""
+        raise UserError(f"{folder}: neither {single.name} nor {index.name} in this folder{instead}")
     names = _json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{index}: no weight_map from keys to files")
@@ -139,7 +147,8 @@ def fold_batch_norms(checkpoint: Checkpoint, epsilon: float = 1e-5) -> Checkpoin
     from before PyTorch 0.4.1 lack, is left out.
 
     Raises:
-      UserError: a batch norm lacks one of its tensors, or they differ in length.
+      UserError: a batch norm lacks one of its tensors, or they differ in length; while reading, a variance that
+        is negative or NaN.
     """
     found = (re.fullmatch(r"(.+)\.(running_mean|running_var|num_batches_tracked)", key) for key in checkpoint.shapes)
     names = dict.fromkeys(match[1] for match in found if match)
@@ -156,6 +165,8 @@ def fold_batch_norms(checkpoint: Checkpoint, epsilon: float = 1e-5) -> Checkpoin
         if key not in folded:
             return checkpoint.read(key)
         weight, bias, mean, variance = (checkpoint.read(member).astype(np.float64) for member in members[folded[key]])
+        if not (variance >= 0).all():
+            raise UserError(f"{checkpoint.path}: {folded[key]}.running_var is negative or NaN somewhere")
         scale = weight / np.sqrt(variance + epsilon)
         return _as_float32(scale if key.endswith(".scale") else bias - mean * scale)
 
@@ -163,11 +174,14 @@ def fold_batch_norms(checkpoint: Checkpoint, epsilon: float = 1e-5) -> Checkpoin
         kept = {key: value for key, value in values.items() if key not in gone}
         return kept | {key: values[f"{name}.weight"] for key, name in folded.items()}
 
-    return dataclasses.replace(checkpoint, shapes=view(checkpoint.shapes), dtypes=view(checkpoint.dtypes), read=read)
+    dtypes = dict(checkpoint.dtypes)
+    for name, keys in members.items():  # a folded tensor is no more a float than the least of what it is made from
+        dtypes[f"{name}.weight"] = min((dtypes[key] for key in keys), key=lambda dtype: "f" in dtype.lower())
+    return dataclasses.replace(checkpoint, shapes=view(checkpoint.shapes), dtypes=view(dtypes), read=read)
 
 
 def unwrap(content: Any, path: Path) -> dict[str, Any]:
-    """The weights inside ``WRAPPERS`` and without ``PREFIXES``.
+    """The weights inside ``WRAPPERS``.
 
     Raises:
       UserError: there is no mapping with keys.
@@ -179,10 +193,18 @@ def unwrap(content: Any, path: Path) -> dict[str, Any]:
         content = inner
     if not isinstance(content, Mapping) or not content:
         raise UserError(f"{path}: no weights in it, but a {type(content).__name__}")
-    weights = {str(key): value for key, value in content.items()}
-    while prefix := next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in weights)), ""):
-        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-    return weights
+    return {str(key): value for key, value in content.items()}
+
+
+def _without_prefixes(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint without the ``PREFIXES`` that all of its keys begin with."""
+    kept = re.compile(f"(?:{'|'.join(map(re.escape, PREFIXES))})*")
+    prefixes = {kept.match(key)[0] for key in checkpoint.shapes}  # type: ignore[index]
+    if len(prefixes) != 1 or not (prefix := prefixes.pop()):
+        return checkpoint
+    strip = lambda values: {key.removeprefix(prefix): value for key, value in values.items()}
+    shapes, dtypes = strip(checkpoint.shapes), strip(checkpoint.dtypes)
+    return dataclasses.replace(checkpoint, shapes=shapes, dtypes=dtypes, read=lambda key: checkpoint.read(prefix + key))
 
 
 def _json(path: Path) -> dict[str, Any]:

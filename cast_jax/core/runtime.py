@@ -40,7 +40,13 @@ def setup(config: Mapping[str, Any] | None = None) -> None:
     folder = settings["compilation_cache"]
     folder = str(default_cache_folder()) if folder is None else folder
     if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"config.runtime.compilation_cache: {folder} cannot be made ({error.strerror}); "
+                "name another folder, or '' for none"
+            ) from error
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     jax.config.update("jax_debug_nans", bool(settings["debug_nans"]))
@@ -91,8 +97,8 @@ def device_memory_gib() -> float | None:
 class StopSignals:
     """Turns SIGTERM and SIGINT into a request that a loop reads, so that it can save first; a context manager.
 
-    A second signal acts at once, as it would without this class. Outside the main thread, where Python allows no
-    handlers, it does nothing.
+    A second signal acts at once, as it would without this class. Signals that are ignored (SIGINT of a shell's
+    background job) stay so. Outside the main thread, where Python allows no handlers, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -103,7 +109,8 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._handle)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -230,8 +230,12 @@ def test_spoilt_values_leave_nothing_behind(tmp_path, spoil, message):
 
 
 def test_compiled_and_distributed_prefixes(tmp_path):
-    weights = {f"_orig_mod.module.{key}": value for key, value in official_dinov2().items()}
+    weights = {f"_orig_mod.module.{key}": value.contiguous() for key, value in official_dinov2().items()}
     check("dinov2_s", save_torch(tmp_path / "x.pth", weights), tmp_path / "destination", encoder_changes())
+    save_file(weights, tmp_path / "x.safetensors")
+    convert("dinov2_s", tmp_path / "x.safetensors", tmp_path / "again", encoder_changes())
+    files = [tmp_path / name / "model.safetensors" for name in ("destination", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_bad_destinations(tmp_path):

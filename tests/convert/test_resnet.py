@@ -105,6 +105,13 @@ def test_what_it_refuses(tmp_path):
     weights = torchvision() | {"bn1.bias": torch.zeros(5)}
     with pytest.raises(UserError, match="the tensors of the batch norm bn1 differ in length"):
         convert("resnet50", save_torch(tmp_path / "y.pth", weights), tmp_path / "destination", CHANGES)
+    weights = torchvision() | {"bn1.running_mean": torch.zeros(len(torchvision()["bn1.bias"]), dtype=torch.int32)}
+    with pytest.raises(UserError, match=r"(?s)bn1.*int32"):
+        convert("resnet50", save_torch(tmp_path / "i.pth", weights), tmp_path / "destination", CHANGES)
+    weights = torchvision()
+    weights["bn1.running_var"][0] = -1.0
+    with pytest.raises(UserError, match=r"bn1\.running_var is negative or NaN"):
+        convert("resnet50", save_torch(tmp_path / "v.pth", weights), tmp_path / "destination", CHANGES)
     model = hugging_face()
     model.config.downsample_in_bottleneck = True
     model.save_pretrained(tmp_path / "source")

@@ -143,6 +143,12 @@ def test_what_is_no_checkpoint(tmp_path, name, content, message):
         open_checkpoint(tmp_path / name)
 
 
+def test_a_folder_of_pickles_is_told_apart(tmp_path):
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(UserError, match=r"give pytorch_model\.bin by its name"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_truncated_files(tmp_path, suffix):
     path = tmp_path / f"x.{suffix}"

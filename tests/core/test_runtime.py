@@ -46,6 +46,24 @@ def test_precision_and_memory():
     assert 0.01 < runtime.host_memory_gib() < 1000
 
 
+@pytest.fixture
+def interruptible():
+    """A shell's background job ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ignored_signals_stay_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with runtime.StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.received is None
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_waits_unless_told_otherwise_and_the_second_acts_at_once():
     previous = signal.getsignal(signal.SIGINT)
     with runtime.StopSignals() as stop:
@@ -57,3 +75,9 @@ def test_a_signal_waits_unless_told_otherwise_and_the_second_acts_at_once():
     with runtime.StopSignals() as stop, pytest.raises(SystemExit) as stopped, stop.at_once():
         os.kill(os.getpid(), signal.SIGTERM)
     assert stopped.value.code == 143
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"compilation_cache: .*file/cache cannot be made"):
+        runtime.setup({"compilation_cache": str(tmp_path / "file" / "cache")})
