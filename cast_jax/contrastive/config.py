@@ -31,7 +31,9 @@ class ContrastiveConfig:
         symmetric: also uses strong anchors with weak keys; both directions are averaged.
         sampler: ``mixture_proposals`` (fast), ``inverse_cdf`` or ``categorical`` (the references); all exact.
         slots: length of the pool of proposals that a group of anchors shares, a multiple of 32; None plans it.
-        group_size: anchors that share a pool. Fewer pools are cheaper, but correlate the anchors' noise.
+        group_size: anchors of an image that are contrasted with a pool at a time.
+        max_pools: pools drawn (and exchanged between devices) in an update; more groups than pools take turns. Fewer
+            pools are cheaper, but correlate the anchors' noise.
         num_anchors: anchors per image, drawn without replacement from its valid pixels; None takes all pixels.
     """
 
@@ -46,6 +48,7 @@ class ContrastiveConfig:
     sampler: str = "mixture_proposals"
     slots: int | None = None
     group_size: int = 128
+    max_pools: int = 64
     num_anchors: int | None = None
     bank_size: int = 10_000
     bank_new: int = 1_000
@@ -54,6 +57,7 @@ class ContrastiveConfig:
         check_choices(self, map=MAPS, score=SCORE_NAMES, scope=SCOPES, loss=LOSSES, sampler=SAMPLERS)
         # 65,536 is MoCo's queue, the most that the literature draws; a group's similarities then take 70 MB and more.
         check_ranges(self, num_negatives="[1, 65536]", slots="[32, 1048576]", group_size="[1, 65536]")
+        check_ranges(self, max_pools="[1, 65536]")
         # Similarities lie in [-1, 1]: beyond these temperatures float32 tells the logits no longer apart.
         check_ranges(self, temperature="[0.001, 1000]", margin="[0, inf)", num_anchors="[1, inf)")
         check_ranges(self, bank_size="[1, 16777216]", bank_new="[1, 16777216]")

@@ -1,8 +1,12 @@
-"""Draws negatives for groups of anchors and contrasts them, with memory that does not grow with the number of groups.
+"""Draws negatives for groups of anchors and contrasts them, on one device or on several that share their candidates.
 
 The loss is a scalar, so its gradient is known in the forward pass, up to one factor: each group's gradient is taken at
 once and added up in place, and nothing of a group outlives its turn. Automatic differentiation would save or redo each
 group's draws, and would add a gradient of the size of all candidates once per group.
+
+What devices exchange are the pools of proposals, at most ``config.max_pools`` of them, and the pools' gradients:
+neither grows with the pixels. All random numbers belong to images and groups, none to devices, so that the loss is the
+same (up to the order of sums) on any number of devices.
 """
 
 from __future__ import annotations
@@ -15,36 +19,45 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from cast_jax.contrastive.config import ContrastiveConfig
-from cast_jax.contrastive.samplers import (
-    ROW_SAMPLERS,
-    Proposals,
-    SharedDraws,
-    mixture_proposals,
-    prepare_proposals,
-)
+from cast_jax.contrastive.cumulative import total_of
+from cast_jax.contrastive.peers import ALONE, Peers
+from cast_jax.contrastive.samplers import Drawn, draw_pool, draw_rows, mixture_proposals, prepare_proposals
 from cast_jax.contrastive.scores import CandidateMap, candidate_map
 
-_ROWS = 8  # anchors that a row sampler serves at a time: what it holds grows with rows × candidates
+_ROWS = 8  # anchors of a device that a row sampler serves at a time: what it holds grows with rows × candidates
 
 
 class Anchors(NamedTuple):
-    """What the sampler and the diagnostics know of the anchors of one set of candidates."""
+    """What the sampler and the diagnostics know of the anchors that share one set of candidates."""
 
-    g_hat: Float[Array, "anchors dim"]
-    own: Int[Array, "anchors"]
-    """Position among the candidates, or -1."""
-    valid: Bool[Array, "anchors"]
-    regions: Int[Array, "anchors"]
+    g_hat: Float[Array, "images anchors dim"]
+    own: Int[Array, "images anchors"]
+    """The anchor's position among the candidates, or -1."""
+    valid: Bool[Array, "images anchors"]
+    regions: Int[Array, "images anchors"]
     """The instance that the pixel lies on, unique in the batch; negative if unknown."""
-    on_instance: Bool[Array, "anchors"]
+    on_instance: Bool[Array, "images anchors"]
+    image: Int[Array, "images"]
+    """The image's number in the batch of all devices, to which its random numbers belong."""
 
 
 class CandidatePixels(NamedTuple):
     """What the sampler and the diagnostics know of the candidates."""
 
-    g_hat: Float[Array, "candidates dim"]
-    valid: Bool[Array, "candidates"]
-    regions: Int[Array, "candidates"]
+    g_hat: Float[Array, "images pixels dim"]
+    valid: Bool[Array, "images pixels"]
+    regions: Int[Array, "images pixels"]
+    position: Int[Array, "images pixels"]
+    """A number that no other candidate has, on any device."""
+
+
+class Pools(NamedTuple):
+    """Pools of proposals with what their candidates' devices know of them; a pool is [terms, slots] in a row."""
+
+    offsets: Float[Array, "pools terms*slots dim"]
+    z: Float[Array, "pools terms*slots embedding"]
+    regions: Int[Array, "pools terms*slots"]
+    position: Int[Array, "pools terms*slots"]
 
 
 class Sums(NamedTuple):
@@ -60,6 +73,8 @@ class Sums(NamedTuple):
     known_negatives: Float[Array, ""]
     margin: Float[Array, ""]
     margin_pairs: Float[Array, ""]
+    effective: Float[Array, ""]
+    effective_anchors: Float[Array, ""]
 
 
 def _no_sums() -> Sums:
@@ -115,151 +130,236 @@ def _contrast_rows(config, z_anchors, z_positives, z_negatives, taken, anchors, 
     return sums, gradients
 
 
-def _prepare(config: ContrastiveConfig, candidates: CandidateMap) -> Proposals | CandidateMap:
-    return prepare_proposals(candidates, config.sampling_score) if config.sampler == "mixture_proposals" else candidates
+def effective_number(positions: Int[Array, "slots"], taken: Bool[Array, "slots"]) -> Float[Array, ""]:
+    """The effective number of distinct ones among those taken: (Σ c)² / Σ c² over how often, c, each occurs."""
+    slots = jnp.arange(positions.shape[0])
+    beyond = jnp.iinfo(positions.dtype).max
+    ordered = jnp.sort(jnp.where(taken, positions, beyond))
+    start = jax.lax.cummax(jnp.where(ordered != jnp.roll(ordered, 1), slots, 0))
+    squares = jnp.sum(jnp.where(ordered < beyond, 2 * (slots - start) + 1, 0))  # the first c odd numbers add up to c²
+    count = jnp.sum(taken)
+    return jnp.where(count > 0, count**2 / jnp.maximum(squares, 1), 0.0)
 
 
-def _draw_shared(config, key, anchors: Anchors, prepared) -> tuple[SharedDraws | None, Bool[Array, "anchors"]]:
-    """The pool of a group, if the sampler has one, and which anchors a row sampler must serve."""
-    if config.sampler != "mixture_proposals":
-        return None, anchors.valid
+def _with_effective(sums: Sums, positions, taken, valid) -> Sums:
+    """``sums`` with the effective number of negatives of these anchors."""
+    effective = jnp.where(valid, jax.vmap(effective_number)(positions, taken), 0.0)
+    return sums._replace(effective=jnp.sum(effective, dtype=float), effective_anchors=jnp.sum(valid, dtype=float))
+
+
+def number_of_groups(config: ContrastiveConfig, anchors: int) -> int:
+    """How many groups of nearly ``config.group_size`` the anchors of an image make."""
+    return -(-anchors // min(config.group_size, anchors))
+
+
+def _grouped(config: ContrastiveConfig, arrays):
+    """[images, anchors, ...] as [images * groups, size, ...], padded with invalid anchors (zeros)."""
+    images, anchors = jax.tree.leaves(arrays)[0].shape[:2]
+    groups = number_of_groups(config, anchors)
+    size = -(-anchors // groups)
+
+    def split(array):
+        padded = jnp.pad(array, [(0, 0), (0, groups * size - anchors)] + [(0, 0)] * (array.ndim - 2))
+        return padded.reshape(images * groups, size, *array.shape[2:])
+
+    return jax.tree.map(split, arrays)
+
+
+def _group_numbers(config: ContrastiveConfig, anchors: Anchors) -> Int[Array, "groups"]:
+    """The groups' numbers in the batch of all devices, as ``_grouped`` orders them."""
+    groups = number_of_groups(config, anchors.own.shape[1])
+    return (anchors.image[:, None] * groups + jnp.arange(groups)).reshape(-1)
+
+
+def _make_pools(
+    config: ContrastiveConfig, peers: Peers, key, number: int, candidates: CandidateMap, pixels: CandidatePixels, z
+) -> tuple[Pools, Drawn, Float[Array, "terms"]]:
+    """``number`` pools, where this device's share of them lies, and the masses of the terms."""
+    proposals = prepare_proposals(candidates, config.sampling_score, peers)
+    terms = proposals.images.shape[0]
+
+    def one(key) -> tuple[Pools, Drawn]:
+        drawn = draw_pool(jax.random.uniform(key, (terms, 3, config.num_slots)), proposals, peers)
+        drawn = jax.tree.map(jnp.ravel, drawn)
+        known = Pools(candidates.offsets, z, pixels.regions, pixels.position)
+        return jax.tree.map(lambda array: _read(array, drawn), known), drawn
+
+    pools, drawn = jax.lax.map(one, jax.random.split(key, number))
+    return peers.sum(pools), drawn, total_of(proposals.images)
+
+
+def _read(array, drawn: Drawn):
+    """The values of the candidates that this device holds, zeros for the others'."""
+    values = array[drawn.image, drawn.pixel]
+    return jnp.where(jnp.expand_dims(drawn.mine, tuple(range(drawn.mine.ndim, values.ndim))), values, 0)
+
+
+def _add_at(array, drawn: Drawn, values):
+    """Adds values to the candidates that this device holds."""
+    return array.at[jnp.where(drawn.mine, drawn.image, array.shape[0]), drawn.pixel].add(values, mode="drop")
+
+
+def _propose(config, key, number, anchors: Anchors, pools: Pools, candidates: CandidateMap, masses):
+    """A group's pool and the negatives that it accepts there."""
+    which = number % pools.position.shape[0]
+    pool = jax.tree.map(lambda array: array[which], pools)
     shared = mixture_proposals(
-        key,
-        anchors.g_hat,
+        jax.random.fold_in(key, number),
+        anchors.g_hat - candidates.centre,
         anchors.own,
-        prepared,
-        score=config.sampling_score,
-        num_negatives=config.num_negatives,
-        slots=config.num_slots,
-    )
-    return shared, anchors.valid & (shared.accepted < config.num_negatives)
-
-
-def _draw_rows(config, key, anchors: Anchors, candidates: CandidateMap):
-    sampler = ROW_SAMPLERS.get(config.sampler, ROW_SAMPLERS["inverse_cdf"])
-    return sampler(
-        key,
-        anchors.g_hat,
-        anchors.own,
-        candidates,
+        pool.offsets,
+        pool.position,
+        masses,
         score=config.sampling_score,
         num_negatives=config.num_negatives,
     )
+    return which, pool, shared
 
 
-def _for_flagged_rows(flagged: Bool[Array, "anchors"], body, state):
-    """``state = body(block, rows, real, state)`` over blocks of the flagged rows; nothing is done if there are none."""
+def _contrast_groups(config, key, z_anchors, z_positives, anchors: Anchors, pools: Pools, candidates, masses):
+    """All groups against their pools: sums, gradients (anchors', positives', pools'), and who stays short."""
+    images, per_image = anchors.own.shape
+    numbers = _group_numbers(config, anchors)
+    grouped = _grouped(config, (z_anchors, z_positives, anchors._replace(image=jnp.zeros_like(anchors.own))))
+
+    def step(carry, group):
+        sums, d_pools = carry
+        number, (z_anchors, z_positives, anchors) = group
+        which, pool, shared = _propose(config, key, number, anchors, pools, candidates, masses)
+        served = anchors.valid & (shared.accepted >= config.num_negatives)
+        more, (d_anchors, d_positives, d_pool) = _contrast_rows(
+            config, z_anchors, z_positives, pool.z, shared.taken, anchors._replace(valid=served), pool.regions
+        )
+        requested = jnp.sum(anchors.valid, dtype=float)
+        more = more._replace(
+            accepted=jnp.sum(jnp.where(anchors.valid, shared.accepted, 0), dtype=float),
+            proposed=requested * config.num_slots,
+            short=jnp.sum(anchors.valid & ~served, dtype=float),
+            requested=requested,
+        )
+        more = _with_effective(more, pool.position[None], shared.taken[:1], served[:1])  # one of them: it is costly
+        return (_add(sums, more), d_pools.at[which].add(d_pool)), (d_anchors, d_positives, anchors.valid & ~served)
+
+    carry = (_no_sums(), jnp.zeros_like(pools.z))
+    (sums, d_pools), by_group = jax.lax.scan(step, carry, (numbers, grouped))
+    ungroup = lambda array: array.reshape(images, -1, *array.shape[2:])[:, :per_image]
+    d_anchors, d_positives, short = jax.tree.map(ungroup, by_group)
+    return sums, (d_anchors, d_positives, d_pools), short
+
+
+def _for_flagged_rows(peers: Peers, flagged: Bool[Array, "anchors"], body, state):
+    """``state = body(rows, real, state)`` over blocks of the flagged rows, as often as the peer with most of them."""
     order = jnp.argsort(~flagged, stable=True)
     count = jnp.sum(flagged)
+    most = peers.max(count)
 
     def step(carry):
         block, state = carry
         position = block * _ROWS + jnp.arange(_ROWS)
         rows = order[jnp.minimum(position, order.shape[0] - 1)]
-        return block + 1, body(block, rows, position < count, state)
+        return block + 1, body(rows, position < count, state)
 
-    return jax.lax.while_loop(lambda carry: carry[0] * _ROWS < count, step, (jnp.zeros((), jnp.int32), state))[1]
+    return jax.lax.while_loop(lambda carry: carry[0] * _ROWS < most, step, (jnp.zeros((), jnp.int32), state))[1]
 
 
-def _contrast_group(config, prepared, pixels: CandidatePixels, z_candidates, carry, group):
-    sums, d_candidates = carry
-    key, z_anchors, z_positives, anchors = group
-    candidates = prepared.candidates if isinstance(prepared, Proposals) else prepared
-    shared_key, row_key = jax.random.split(key)
-    shared, by_row = _draw_shared(config, shared_key, anchors, prepared)
-    d_anchors, d_positives = jnp.zeros_like(z_anchors), jnp.zeros_like(z_positives)
-    if shared is not None:
-        own = anchors._replace(valid=anchors.valid & ~by_row)
-        regions, z_pool = pixels.regions[shared.pool], z_candidates[shared.pool]
-        more, (d_anchors, d_positives, d_pool) = _contrast_rows(
-            config, z_anchors, z_positives, z_pool, shared.taken, own, regions
-        )
-        d_candidates = d_candidates.at[shared.pool].add(d_pool)
-        accepted = jnp.sum(jnp.where(anchors.valid, shared.accepted, 0), dtype=float)
-        requested = jnp.sum(anchors.valid, dtype=float)
-        short = jnp.sum(by_row, dtype=float)
-        sums = _add(sums, more)
-        sums = sums._replace(
-            accepted=sums.accepted + accepted,
-            proposed=sums.proposed + requested * config.num_slots,
-            short=sums.short + short,
-            requested=sums.requested + requested,
-        )
+def _draw_rows(config, peers: Peers, key, anchors: Anchors, rows, candidates: CandidateMap, pixels: CandidatePixels):
+    """The negatives of all peers' ``rows`` (of the flattened anchors), and which of the rows have any."""
+    per_image = anchors.own.shape[1]
+    numbers = anchors.image[rows // per_image] * per_image + rows % per_image
+    g_hat, own = (array.reshape(-1, *array.shape[2:])[rows] for array in (anchors.g_hat, anchors.own))
+    g_hat, own, numbers = peers.gather((g_hat, own, numbers))
+    return draw_rows(
+        "categorical" if config.sampler == "categorical" else "inverse_cdf",
+        jax.vmap(jax.random.fold_in, (None, 0))(key, numbers),
+        g_hat,
+        own,
+        candidates,
+        pixels.position,
+        score=config.sampling_score,
+        num_negatives=config.num_negatives,
+        peers=peers,
+    )
 
-    def serve(block, rows, real, state):
+
+def _contrast_short(config, peers, key, z, anchors, candidates, pixels, flagged, state):
+    """Serves the flagged anchors from all their candidates. ``state``: sums, and gradients of the embeddings ``z``."""
+    z_anchors, z_positives, z_candidates = z
+    flat = jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), anchors._replace(image=anchors.own))
+    z_a, z_p = (array.reshape(-1, array.shape[-1]) for array in (z_anchors, z_positives))
+
+    def serve(rows, real, state):
         sums, d_anchors, d_positives, d_candidates = state
-        some = jax.tree.map(lambda leaf: leaf[rows], anchors)
-        drawn, drawable = _draw_rows(config, jax.random.fold_in(row_key, block), some, candidates)
+        drawn, drawable = _draw_rows(config, peers, key, anchors, rows, candidates, pixels)
+        known = (z_candidates, pixels.regions, pixels.position)
+        z_negatives, regions, position = peers.sum_and_split(jax.tree.map(lambda array: _read(array, drawn), known))
+        some = jax.tree.map(lambda leaf: leaf[rows], flat)
+        drawable = drawable.reshape(-1, _ROWS)[peers.number]
         some = some._replace(valid=some.valid & real & drawable)
-        more, (d_a, d_p, d_n) = _contrast_rows(
-            config,
-            z_anchors[rows],
-            z_positives[rows],
-            z_candidates[drawn],
-            jnp.ones(drawn.shape, bool),
-            some,
-            pixels.regions[drawn],
-        )
+        taken = jnp.ones(position.shape, bool)
+        more, (d_a, d_p, d_n) = _contrast_rows(config, z_a[rows], z_p[rows], z_negatives, taken, some, regions)
+        more = _with_effective(more, position, taken, some.valid)
         d_anchors, d_positives = d_anchors.at[rows].add(d_a), d_positives.at[rows].add(d_p)
-        return _add(sums, more), d_anchors, d_positives, d_candidates.at[drawn].add(d_n)
+        return _add(sums, more), d_anchors, d_positives, _add_at(d_candidates, drawn, peers.gather(d_n))
 
-    state = (sums, d_anchors, d_positives, d_candidates)
-    sums, d_anchors, d_positives, d_candidates = _for_flagged_rows(by_row, serve, state)
-    return (sums, d_candidates), (d_anchors, d_positives)
+    return _for_flagged_rows(peers, flagged.reshape(-1), serve, state)
 
 
-def _grouped(config: ContrastiveConfig, arrays):
-    """Pads the anchors with invalid ones (zeros) and splits them into groups."""
-    total = jax.tree.leaves(arrays)[0].shape[0]
-    size = min(config.group_size, total)
-    groups = -(-total // size)
-
-    def split(array):
-        padded = jnp.pad(array, [(0, groups * size - total)] + [(0, 0)] * (array.ndim - 1))
-        return padded.reshape(groups, size, *array.shape[1:])
-
-    return jax.tree.map(split, arrays), groups
-
-
-def _contrast_set(config, key, z_anchors, z_positives, z_candidates, anchors: Anchors, pixels: CandidatePixels):
-    prepared = _prepare(config, candidate_map(pixels.g_hat, pixels.valid))
-    (z_a, z_p, grouped), groups = _grouped(config, (z_anchors, z_positives, anchors))
-    step = functools.partial(_contrast_group, config, prepared, pixels, z_candidates)
-    carry = (_no_sums(), jnp.zeros_like(z_candidates))
-    (sums, d_candidates), gradients = jax.lax.scan(step, carry, (jax.random.split(key, groups), z_a, z_p, grouped))
-    d_anchors, d_positives = (d.reshape(-1, d.shape[-1])[: z_anchors.shape[0]] for d in gradients)
-    return sums, (d_anchors, d_positives, d_candidates)
+def _contrast_set(config, peers, num_images, key, z_anchors, z_positives, z_candidates, anchors: Anchors, pixels):
+    candidates = candidate_map(pixels.g_hat, pixels.valid, peers)
+    pool_key, coin_key, row_key = jax.random.split(key, 3)
+    sums, d_candidates, flagged = _no_sums(), jnp.zeros_like(z_candidates), anchors.valid
+    d_anchors, d_positives = jnp.zeros_like(z_anchors), jnp.zeros_like(z_positives)
+    if config.sampler == "mixture_proposals":
+        number = min(num_images * number_of_groups(config, anchors.own.shape[1]), config.max_pools)
+        pools, drawn, masses = _make_pools(config, peers, pool_key, number, candidates, pixels, z_candidates)
+        sums, (d_anchors, d_positives, d_pools), flagged = _contrast_groups(
+            config, coin_key, z_anchors, z_positives, anchors, pools, candidates, masses
+        )
+        d_candidates = _add_at(d_candidates, drawn, peers.sum(d_pools))
+    flat = lambda array: array.reshape(-1, array.shape[-1])
+    state = (sums, flat(d_anchors), flat(d_positives), d_candidates)
+    sums, d_anchors, d_positives, d_candidates = _contrast_short(
+        config, peers, row_key, (z_anchors, z_positives, z_candidates), anchors, candidates, pixels, flagged, state
+    )
+    return sums, (d_anchors.reshape(z_anchors.shape), d_positives.reshape(z_positives.shape), d_candidates)
 
 
-def _contrast_sets(config, keys, z_anchors, z_positives, z_candidates, anchors, pixels):
-    operands = (keys, z_anchors, z_positives, z_candidates, anchors, pixels)
-    sums, gradients = jax.lax.map(lambda one: _contrast_set(config, *one), operands)
+def _contrast_sets(config, peers, num_images, keys, *operands):
+    one = functools.partial(_contrast_set, config, peers, num_images)
+    sums, gradients = jax.lax.map(lambda operands: one(*operands), (keys, *operands))
     return jax.tree.map(functools.partial(jnp.sum, axis=0), sums), gradients
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def contrast(
     config: ContrastiveConfig,
+    peers: Peers,
+    num_images: int,
     keys: PRNGKeyArray,
-    z_anchors: Float[Array, "sets anchors embedding"],
-    z_positives: Float[Array, "sets anchors embedding"],
-    z_candidates: Float[Array, "sets candidates embedding"],
+    z_anchors: Float[Array, "sets images anchors embedding"],
+    z_positives: Float[Array, "sets images anchors embedding"],
+    z_candidates: Float[Array, "sets images pixels embedding"],
     anchors: Anchors,
     pixels: CandidatePixels,
 ) -> Sums:
-    """Sums of loss and diagnostics over sets of candidates, each with its own anchors (one set, or one per image).
+    """This device's sums of loss and diagnostics over sets of candidates, each with its own anchors.
 
     All arrays of ``anchors`` and ``pixels`` have a leading axis of sets. Only ``Sums.loss`` is differentiable, and only
-    by reverse mode, with respect to the three arrays of embeddings.
+    by reverse mode, with respect to the three arrays of embeddings. The gradient is that of the sum of all peers'
+    losses.
+
+    Args:
+        peers: the devices over which the candidates are spread; ``ALONE`` if all of them are here.
+        num_images: with anchors, in a set, over all devices.
     """
-    return _contrast_sets(config, keys, z_anchors, z_positives, z_candidates, anchors, pixels)[0]
+    return _contrast_sets(config, peers, num_images, keys, z_anchors, z_positives, z_candidates, anchors, pixels)[0]
 
 
-def _contrast_forward(config, *operands):
-    return _contrast_sets(config, *operands)
+def _contrast_forward(config, peers, num_images, *operands):
+    return _contrast_sets(config, peers, num_images, *operands)
 
 
-def _contrast_backward(config, gradients, cotangent: Sums):
+def _contrast_backward(config, peers, num_images, gradients, cotangent: Sums):
     scaled = jax.tree.map(lambda gradient: (cotangent.loss * gradient).astype(gradient.dtype), gradients)
     return None, *scaled, None, None
 
@@ -268,34 +368,45 @@ contrast.defvjp(_contrast_forward, _contrast_backward)
 
 
 def draw_negatives(
-    key: PRNGKeyArray, config: ContrastiveConfig, anchors: Anchors, pixels: CandidatePixels
-) -> tuple[Int[Array, "anchors negatives"], Bool[Array, "anchors"]]:
-    """The negatives themselves, as positions among the candidates: what ``contrast`` uses for the same key.
+    key: PRNGKeyArray,
+    config: ContrastiveConfig,
+    anchors: Anchors,
+    pixels: CandidatePixels,
+    peers: Peers = ALONE,
+) -> tuple[Int[Array, "images anchors negatives"], Bool[Array, "images anchors"]]:
+    """The positions of the negatives themselves: what ``contrast`` uses for the same key, of one set.
 
     For inspection and tests; the loss never forms this array. The flags tell which anchors have negatives.
     """
-    candidates = candidate_map(pixels.g_hat, pixels.valid)
-    prepared = _prepare(config, candidates)
-    grouped, groups = _grouped(config, anchors)
+    images, per_image = anchors.own.shape
+    candidates = candidate_map(pixels.g_hat, pixels.valid, peers)
+    pool_key, coin_key, row_key = jax.random.split(key, 3)
+    found, flagged = jnp.zeros((images * per_image, config.num_negatives), jnp.int32), anchors.valid
+    if config.sampler == "mixture_proposals":
+        number = min(peers.count * images * number_of_groups(config, per_image), config.max_pools)
+        nothing = jnp.zeros((*pixels.valid.shape, 0))
+        pools, _, masses = _make_pools(config, peers, pool_key, number, candidates, pixels, nothing)
 
-    def one(operands):
-        key, anchors = operands
-        shared_key, row_key = jax.random.split(key)
-        shared, by_row = _draw_shared(config, shared_key, anchors, prepared)
-        drawn = jnp.zeros((anchors.own.shape[0], config.num_negatives), jnp.int32)
-        if shared is not None:
+        def propose(group):
+            number, anchors = group
+            _, pool, shared = _propose(config, coin_key, number, anchors, pools, candidates, masses)
             first = jnp.argsort(~shared.taken, axis=-1, stable=True)[:, : config.num_negatives]
-            drawn = drawn.at[:, : first.shape[1]].set(shared.pool[first])
+            short = config.num_negatives - first.shape[1]
+            return jnp.pad(pool.position[first], ((0, 0), (0, short))), shared.accepted >= config.num_negatives
 
-        def serve(block, rows, real, state):
-            drawn, drawable = state
-            some = jax.tree.map(lambda leaf: leaf[rows], anchors)
-            found, possible = _draw_rows(config, jax.random.fold_in(row_key, block), some, candidates)
-            rows = jnp.where(real, rows, drawn.shape[0])
-            return drawn.at[rows].set(found, mode="drop"), drawable.at[rows].set(possible, mode="drop")
+        grouped = _grouped(config, anchors._replace(image=jnp.zeros_like(anchors.own)))
+        by_group = jax.lax.map(propose, (_group_numbers(config, anchors), grouped))
+        found, served = (array.reshape(images, -1, *array.shape[2:])[:, :per_image] for array in by_group)
+        found, flagged = found.reshape(images * per_image, -1), anchors.valid & ~served
 
-        return _for_flagged_rows(by_row, serve, (drawn, anchors.valid))
+    def serve(rows, real, state):
+        found, drawable = state
+        drawn, possible = _draw_rows(config, peers, row_key, anchors, rows, candidates, pixels)
+        position = peers.sum_and_split(_read(pixels.position, drawn))
+        rows = jnp.where(real, rows, found.shape[0])
+        possible = possible.reshape(-1, _ROWS)[peers.number]
+        return found.at[rows].set(position, mode="drop"), drawable.at[rows].set(possible, mode="drop")
 
-    drawn, drawable = jax.lax.map(one, (jax.random.split(key, groups), grouped))
-    total = anchors.own.shape[0]
-    return drawn.reshape(-1, config.num_negatives)[:total], drawable.reshape(-1)[:total]
+    state = (found, anchors.valid.reshape(-1))
+    found, drawable = _for_flagged_rows(peers, flagged.reshape(-1), serve, state)
+    return found.reshape(images, per_image, -1), drawable.reshape(images, per_image)

@@ -22,15 +22,17 @@ class Cumulative(NamedTuple):
     @property
     def total(self) -> Float[Array, "*batch"]:
         """The sum of the weights."""
-        return _total(self.blocks)
+        return total_of(self.blocks)
 
 
-def _running_sum(weights: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+def running_sum(weights: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+    """The sums up to and with each of a few weights; -inf where a weight is zero."""
     ones = jnp.triu(jnp.ones((weights.shape[-1],) * 2, weights.dtype))
     return jnp.where(weights > 0, jnp.matmul(weights, ones, precision=jax.lax.Precision.HIGHEST), -jnp.inf)
 
 
-def _total(running: Float[Array, "*batch n"]) -> Float[Array, "*batch"]:
+def total_of(running: Float[Array, "*batch n"]) -> Float[Array, "*batch"]:
+    """The sum of all weights, from their running sums."""
     # The largest, not the last: rounding differs from one position to the next, and the last weight may be zero.
     return jnp.maximum(jnp.max(running, axis=-1), 0.0)
 
@@ -41,22 +43,25 @@ def cumulate(weights: Float[Array, "*batch n"]) -> Cumulative:
     size = math.isqrt(n - 1) + 1
     blocks = -(-n // size)
     pad = [(0, 0)] * (weights.ndim - 1) + [(0, blocks * size - n)]
-    inner = _running_sum(jnp.pad(weights, pad).reshape(*weights.shape[:-1], blocks, size))
-    return Cumulative(_running_sum(_total(inner)), inner)
+    inner = running_sum(jnp.pad(weights, pad).reshape(*weights.shape[:-1], blocks, size))
+    return Cumulative(running_sum(total_of(inner)), inner)
 
 
-def _first_above(running: Float[Array, "draws n"], uniform: Float[Array, "draws"]) -> Int[Array, "draws"]:
-    above = running > (uniform * _total(running))[:, None]
+def first_above(running: Float[Array, "*draws n"], uniform: Float[Array, "*draws"]) -> Int[Array, "*draws"]:
+    """Inverts running sums (with -inf where a weight is zero): the first that exceeds ``uniform`` times the total."""
+    above = running > (uniform * total_of(running))[..., None]
     return jnp.min(jnp.where(above, jnp.arange(running.shape[-1]), running.shape[-1] - 1), axis=-1)
 
 
-def pick(cumulative: Cumulative, uniform: Float[Array, "2 draws"]) -> Int[Array, "draws"]:
-    """One draw for each pair of numbers uniform in [0, 1), from one distribution; position 0 if all weights are zero.
+def pick(
+    cumulative: Cumulative, uniform: Float[Array, "2 draws"], which: Int[Array, "draws"] | int = 0
+) -> Int[Array, "draws"]:
+    """One draw for each pair of numbers uniform in [0, 1), from the ``which``-th distribution (of one batch dimension).
 
-    Each level spends its own uniform number, so the resolution does not suffer from many items: 2⁻²³ of a block's
-    weight, instead of 2⁻²³ of everything.
+    Position 0 where all weights are zero. Each level spends its own uniform number, so the resolution does not suffer
+    from many items: 2⁻²³ of a block's weight, instead of 2⁻²³ of everything.
     """
-    blocks, inner = cumulative
-    block = _first_above(jnp.broadcast_to(blocks, (uniform.shape[1], *blocks.shape)), uniform[0])
-    found = block * inner.shape[-1] + _first_above(inner[block], uniform[1])
-    return jnp.where(cumulative.total > 0, found, 0).astype(jnp.int32)
+    which = jnp.broadcast_to(which, uniform.shape[1:])
+    block = first_above(cumulative.blocks[which], uniform[0])
+    found = block * cumulative.inner.shape[-1] + first_above(cumulative.inner[which, block], uniform[1])
+    return jnp.where(cumulative.total[which] > 0, found, 0).astype(jnp.int32)

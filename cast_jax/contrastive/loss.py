@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from cast_jax.contrastive.bank import Bank
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.contrastive.contrast import Anchors, CandidatePixels, Sums, contrast
 from cast_jax.contrastive.fused_map import normalise
+from cast_jax.contrastive.peers import ALONE, Peers
 
 _ELSEWHERE = jnp.iinfo(jnp.int32).max  # the region of a bank's pixels: no anchor's
 
@@ -17,24 +19,26 @@ Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 
 
 def choose_anchors(
-    key: PRNGKeyArray, valid: Bool[Array, "batch pixels"], num_anchors: int | None
+    keys: PRNGKeyArray, valid: Bool[Array, "batch pixels"], num_anchors: int | None
 ) -> tuple[Int[Array, "batch anchors"], Bool[Array, "batch anchors"]]:
     """A random subset of each image's valid pixels, without replacement, and which of the positions are real.
 
-    An image with fewer valid pixels than asked for gives them all. None takes every pixel, in order.
+    An image with fewer valid pixels than asked for gives them all. None takes every pixel, in order. One key an image.
     """
-    batch, pixels = valid.shape
+    pixels = valid.shape[1]
     if num_anchors is None or num_anchors >= pixels:
         return jnp.broadcast_to(jnp.arange(pixels, dtype=jnp.int32), valid.shape), valid
-    rank = jnp.where(valid, jax.random.uniform(key, (batch, pixels)), -1.0)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (pixels,)))(keys)
+    rank = jnp.where(valid, uniform, -1.0)
     position = jax.lax.top_k(rank, num_anchors)[1].astype(jnp.int32)
     return position, jnp.take_along_axis(valid, position, axis=1)
 
 
-def unique_regions(instance_ids: Int[Array, "batch pixels"]) -> Int[Array, "batch pixels"]:
+def unique_regions(instance_ids: Int[Array, "batch pixels"], peers: Peers = ALONE) -> Int[Array, "batch pixels"]:
     """Ids that no two images share; -1 stays -1 (unknown). Each image's background (0) is a region of its own."""
-    images = jnp.arange(instance_ids.shape[0], dtype=jnp.int32)[:, None]
-    apart = images * (jnp.max(instance_ids, initial=0).astype(jnp.int32) + 1) + instance_ids
+    batch = instance_ids.shape[0]
+    images = peers.number * batch + jnp.arange(batch, dtype=jnp.int32)[:, None]
+    apart = images * (peers.max(jnp.max(instance_ids, initial=0)).astype(jnp.int32) + 1) + instance_ids
     return jnp.where(instance_ids < 0, -1, apart)
 
 
@@ -48,6 +52,7 @@ def contrastive_loss(
     valid: Bool[Array, "batch pixels"],
     instance_ids: Int[Array, "batch pixels"] | None = None,
     bank: Bank | None = None,
+    peers: Peers = ALONE,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Metrics]:
     """NT-Xent over pixels, against negatives drawn in proportion to the debias score ``d(p, r) = 1 - <ĝ_p, ĝ_r>``::
 
@@ -71,9 +76,12 @@ def contrastive_loss(
         instance_ids: per image: > 0 an instance, 0 background (a region of its own), -1 unknown.
         bank: the candidates of ``scope="bank"``, constants. While nothing is in it there is nothing to contrast. Its
             pixels count as other regions than any anchor's: it does not know when an image comes again.
+        peers: inside ``jax.shard_map``, the devices that hold the other parts of the batch. All results are of the
+            whole batch, and the same as on one device up to the order of sums. Keys and bank are the same everywhere.
 
     Raises:
-        ValueError: ``scope`` is "bank" and there is no ``bank``, or the other way round.
+        ValueError: ``scope`` is "bank" and there is no ``bank``, or the other way round. Outside of ``jax.jit`` also
+            an array that is not finite, by name.
 
     Returns:
         The sum of the loss over the anchors, the number of anchors, and metrics as pairs (sum, count). With nothing to
@@ -81,6 +89,9 @@ def contrastive_loss(
 
         - ``contrastive/false_negative_rate``: drawn negatives on the anchor's own instance; over anchors on an instance
           and negatives whose region is known. Only with ``instance_ids``, like the margin.
+        - ``contrastive/effective_negatives``: of K draws of an anchor, the effective number of distinct ones,
+          ``(Σ c)² / Σ c²`` over how often each is drawn; of one anchor a group and of short rows. Few where a map is
+          skewed.
         - ``contrastive/margin``: mean over drawn pairs of different regions of ``<z, z⁺> - <z, z⁻>``, same anchors.
         - ``contrastive/acceptance_rate``, ``contrastive/short_rows``: of proposals, and of anchors that the pool did
           not serve (they were served by an exact slower way). Only with ``mixture_proposals``.
@@ -88,47 +99,62 @@ def contrastive_loss(
     """
     if (config.scope == "bank") != (bank is not None):
         raise ValueError(f"scope {config.scope!r} {'has no' if bank is not None else 'needs a'} bank")
+    _check_finite(z_weak=z_weak, z_strong=z_strong, g=g)
     g = jax.lax.stop_gradient(g)
     z_weak, z_strong = normalise(z_weak), normalise(z_strong)
     finite = jnp.all(jnp.isfinite(g), axis=-1)
     g_hat = normalise(jnp.where(finite[..., None], g, 0.0))
     usable = valid & finite
-    regions = jnp.full(valid.shape, -1, jnp.int32) if instance_ids is None else unique_regions(instance_ids)
+    regions = jnp.full(valid.shape, -1, jnp.int32) if instance_ids is None else unique_regions(instance_ids, peers)
     on_instance = jnp.zeros(valid.shape, bool) if instance_ids is None else instance_ids > 0
 
-    anchor_key, sampling_key = jax.random.split(key)
-    position, real = choose_anchors(anchor_key, usable, config.num_anchors)
-    pick = jax.vmap(lambda array, position: array[position])
     batch, pixels = valid.shape
-    offset = 0 if config.scope == "image" else jnp.arange(batch, dtype=jnp.int32)[:, None] * pixels
-    own = position + offset if bank is None else jnp.full_like(position, -1)
-    known = (pick(regions, position), pick(on_instance, position))
-    anchors = Anchors(pick(g_hat, position), own, real, *known)
-    candidates = CandidatePixels(g_hat, usable, regions)
+    image = peers.number * batch + jnp.arange(batch, dtype=jnp.int32)
+    position = image[:, None] * pixels + jnp.arange(pixels, dtype=jnp.int32)
+    anchor_key, sampling_key = jax.random.split(key)
+    anchor_keys = jax.vmap(jax.random.fold_in, (None, 0))(anchor_key, image)
+    chosen, real = choose_anchors(anchor_keys, usable, config.num_anchors)
+    pick = jax.vmap(lambda array, chosen: array[chosen])
+    own = pick(position, chosen) if bank is None else jnp.full_like(chosen, -1)
+    anchors = Anchors(pick(g_hat, chosen), own, real, pick(regions, chosen), pick(on_instance, chosen), image)
+    candidates = CandidatePixels(g_hat, usable, regions, position)
     if bank is not None:
-        elsewhere = jnp.full(bank.valid.shape, _ELSEWHERE)
-        candidates = CandidatePixels(bank.g_hat[None], bank.valid[None], elsewhere[None])
+        size = bank.valid.shape[0]
+        elsewhere = jnp.full((1, size), _ELSEWHERE)
+        candidates = CandidatePixels(bank.g_hat[None], bank.valid[None], elsewhere, jnp.arange(size)[None])
 
-    # Sets of candidates: one per image or one in all, and as many again for the other direction.
+    # Sets of candidates, one a direction; with scope "image" one an image and direction, numbered from 0 in each.
     directions = 2 if config.symmetric else 1
-    sets = directions * (batch if config.scope == "image" else 1)
+    keys = jax.random.split(sampling_key, directions)
     z_keys = jnp.stack([z_strong, z_weak][:directions])
     if bank is not None:
         z_keys = jnp.stack([jax.lax.stop_gradient(bank.z)[None]] * directions)
     z_anchors, z_positives = (
-        jnp.stack([pick(z, position) for z in pair[:directions]]) for pair in ([z_weak, z_strong], [z_strong, z_weak])
+        jnp.stack([pick(z, chosen) for z in pair[:directions]]) for pair in ([z_weak, z_strong], [z_strong, z_weak])
     )
     shared = jax.tree.map(lambda array: jnp.broadcast_to(array, (directions, *array.shape)), (anchors, candidates))
     operands = (z_anchors, z_positives, z_keys, *shared)
-    by_set = jax.tree.map(lambda array: array.reshape(sets, -1, *array.shape[3:]), operands)
-    sums = contrast(config, jax.random.split(sampling_key, sets), *by_set)
-    return sums.loss, jax.lax.stop_gradient(sums.anchors), _metrics(config, sums, finite, instance_ids is not None)
+    sharing, num_images = (peers if config.scope == "batch" else ALONE), peers.count * batch
+    if config.scope == "image":
+        keys = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, image))(keys).reshape(-1)
+        operands = jax.tree.map(lambda array: array.reshape(directions * batch, 1, *array.shape[2:]), operands)
+        num_images = 1
+    sums = peers.sum(contrast(config, sharing, num_images, keys, *operands))
+    nonfinite = peers.sum(jnp.sum(~finite, dtype=jnp.float32))
+    finite_pixels = (nonfinite, jnp.asarray(peers.count * finite.size, jnp.float32))
+    metrics = _metrics(config, sums, instance_ids is not None) | {"contrastive/nonfinite": finite_pixels}
+    return sums.loss, jax.lax.stop_gradient(sums.anchors), metrics
 
 
-def _metrics(config: ContrastiveConfig, sums: Sums, finite: Bool[Array, "batch pixels"], labelled: bool) -> Metrics:
+def _check_finite(**arrays: Array) -> None:
+    for name, array in arrays.items():
+        if not isinstance(array, jax.core.Tracer) and not np.isfinite(np.asarray(array, np.float32)).all():
+            raise ValueError(f"{name} is not finite everywhere")
+
+
+def _metrics(config: ContrastiveConfig, sums: Sums, labelled: bool) -> Metrics:
     sums = jax.lax.stop_gradient(sums)
-    nonfinite = jnp.sum(~finite, dtype=jnp.float32)
-    metrics = {"contrastive/nonfinite": (nonfinite, jnp.asarray(finite.size, jnp.float32))}
+    metrics = {"contrastive/effective_negatives": (sums.effective, sums.effective_anchors)}
     if labelled:
         metrics["contrastive/false_negative_rate"] = (sums.false_negatives, sums.known_negatives)
         metrics["contrastive/margin"] = (sums.margin, sums.margin_pairs)

@@ -3,85 +3,95 @@
 Two kinds of sampler, all of them exact:
 
 - row samplers look at every candidate of an anchor: ``categorical`` (the reference) and ``inverse_cdf``;
-- ``mixture_proposals`` shares a pool of proposals between the anchors of a group and never compares an anchor with all
-  candidates. The anchors that it leaves short (for ``d`` less than one in a million, by plan) are handed to
-  ``inverse_cdf``. Acceptance does not depend on which candidate is proposed where, so drawing a short row afresh leaves
-  its distribution as it is.
+- ``mixture_proposals`` shares a pool of proposals between anchors and never compares an anchor with all candidates. The
+  anchors that it leaves short (for ``d`` less than one in a million, by plan) are handed to ``inverse_cdf``. Acceptance
+  does not depend on which candidate is proposed where, so drawing a short row afresh leaves its distribution as it is.
 
-Candidates are arrays and may come from anywhere: this batch, one image, a memory bank.
+Candidates are pixels of images, which may lie on several devices (``peers``). Every draw first chooses an image by the
+images' masses, then a pixel of it, both from random numbers that all devices share: the device that holds the image
+answers, and it does not matter how many devices there are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from cast_jax.contrastive.cumulative import Cumulative, cumulate, pick
-from cast_jax.contrastive.scores import EXPECTED_ACCEPTANCE, CandidateMap, debias_score, envelope
+from cast_jax.contrastive.cumulative import Cumulative, cumulate, first_above, pick, running_sum
+from cast_jax.contrastive.peers import ALONE, Peers
+from cast_jax.contrastive.scores import EXPECTED_ACCEPTANCE, CandidateMap, debias_score, envelope, spread
 
 SAMPLERS = ("mixture_proposals", "inverse_cdf", "categorical")
 
-RowSampler = Callable[..., tuple[Int[Array, "anchors negatives"], Bool[Array, "anchors"]]]
+
+class Drawn(NamedTuple):
+    """Candidates by image and pixel on this device; ``mine`` says which of them it holds (others may be anything)."""
+
+    image: Int[Array, "*draws"]
+    pixel: Int[Array, "*draws"]
+    mine: Bool[Array, "*draws"]
 
 
-def _scores(
-    score: str, anchors: Float[Array, "anchors dim"], own: Int[Array, "anchors"], candidates: CandidateMap
-) -> Float[Array, "anchors candidates"]:
-    """Scores of all candidates; 0 for those that must not be drawn (invalid ones and the anchor's own pixel)."""
-    allowed = candidates.valid[None, :] & (jnp.arange(candidates.valid.shape[0])[None, :] != own[:, None])
-    return jnp.where(allowed, debias_score(score, anchors - candidates.centre, candidates.offsets), 0.0)
+def _on_this_device(image: Int[Array, "*draws"], images: int, peers: Peers) -> tuple[Array, Array]:
+    """Images numbered over all devices as numbers on this one, in range, and whether they are here."""
+    local = image - peers.number * images
+    return jnp.clip(local, 0, images - 1), (local >= 0) & (local < images)
 
 
-def categorical(
-    key: PRNGKeyArray,
-    anchors: Float[Array, "anchors dim"],
-    own: Int[Array, "anchors"],
+def draw_rows(
+    sampler: str,
+    keys: PRNGKeyArray,
+    anchors: Float[Array, "rows dim"],
+    own: Int[Array, "rows"],
     candidates: CandidateMap,
+    positions: Int[Array, "images pixels"],
     *,
     score: str,
     num_negatives: int,
-) -> tuple[Int[Array, "anchors negatives"], Bool[Array, "anchors"]]:
-    """The reference: ``jax.random.categorical`` over the log score, one anchor at a time.
+    peers: Peers = ALONE,
+) -> tuple[Drawn, Bool[Array, "rows"]]:
+    """K draws for each row from the scores of all its candidates; all peers must ask for the same rows.
+
+    ``categorical`` is the reference: ``jax.random.categorical`` over log masses of images and log scores of pixels.
+    ``inverse_cdf`` inverts cumulative sums.
 
     Args:
+        keys: one a row.
         anchors: unit pseudo-probability vectors.
-        own: each anchor's position among the candidates, which it never draws; -1 if it is not one of them.
+        own: each anchor's position, which it never draws; -1 if it is not among the candidates.
+        positions: of the candidates, unique over all devices.
 
     Returns:
-        Positions among the candidates, and whether the anchor has any candidate of positive score to draw.
+        The draws, [rows, K], and whether the row has any candidate of positive score to draw.
     """
+    images, pixels = positions.shape
+    flat = candidates.offsets.reshape(images * pixels, -1)
+    weights = debias_score(score, anchors - candidates.centre, flat).reshape(-1, images, pixels)
+    allowed = candidates.valid & (positions != own[:, None, None])
+    weights = jnp.where(allowed, weights, 0.0)
+    masses = peers.gather(jnp.sum(weights, axis=-1), axis=1)
 
-    def one(key, weights):
-        return jax.random.categorical(key, jnp.log(weights), shape=(num_negatives,)).astype(jnp.int32)
+    def by_categorical(key, weights, masses):
+        image_key, pixel_key = jax.random.split(key)
+        drawable = jnp.any(masses > 0)
+        logits = jnp.where(drawable, jnp.log(masses), 0.0)
+        image, mine = _on_this_device(jax.random.categorical(image_key, logits, shape=(num_negatives,)), images, peers)
+        logits = jnp.where(jnp.any(weights > 0, axis=-1, keepdims=True), jnp.log(weights), 0.0)
+        return Drawn(image, jax.random.categorical(pixel_key, logits[image]).astype(jnp.int32), mine), drawable
 
-    weights = _scores(score, anchors, own, candidates)
-    drawable = jnp.any(weights > 0, axis=-1)
-    weights = jnp.where(drawable[:, None], weights, 1.0)
-    keys = jax.random.split(key, anchors.shape[0])
-    return jax.lax.map(lambda row: one(*row), (keys, weights)), drawable
+    def by_inversion(key, weights, masses):
+        uniform = jax.random.uniform(key, (3, num_negatives))
+        running = running_sum(masses)
+        image, mine = _on_this_device(first_above(running[None], uniform[0]), images, peers)
+        return Drawn(image, pick(cumulate(weights), uniform[1:], image), mine), jnp.any(masses > 0)
 
-
-def inverse_cdf(
-    key: PRNGKeyArray,
-    anchors: Float[Array, "anchors dim"],
-    own: Int[Array, "anchors"],
-    candidates: CandidateMap,
-    *,
-    score: str,
-    num_negatives: int,
-) -> tuple[Int[Array, "anchors negatives"], Bool[Array, "anchors"]]:
-    """Inverts the cumulative sum of each anchor's scores; arguments and results as of ``categorical``."""
-    cumulative = cumulate(_scores(score, anchors, own, candidates))
-    uniform = jax.random.uniform(key, (anchors.shape[0], 2, num_negatives))
-    return jax.vmap(pick)(cumulative, uniform), cumulative.total > 0
-
-
-ROW_SAMPLERS: dict[str, RowSampler] = {"inverse_cdf": inverse_cdf, "categorical": categorical}
+    if sampler == "categorical":
+        return jax.lax.map(lambda row: by_categorical(*row), (keys, weights, masses))
+    return jax.vmap(by_inversion)(keys, weights, masses)
 
 
 def number_of_slots(num_negatives: int, score: str) -> int:
@@ -94,26 +104,41 @@ def number_of_slots(num_negatives: int, score: str) -> int:
 
 
 class Proposals(NamedTuple):
-    """What a pool of proposals is drawn from: one prepared distribution for each term of the envelope."""
+    """What pools are drawn from: for each term of the envelope a distribution over pixels, and one over images."""
 
-    candidates: CandidateMap
-    terms: Cumulative
+    pixels: Cumulative
+    images: Float[Array, "terms images"]
+    """Running sums of the masses of all devices' images."""
 
 
-def prepare_proposals(candidates: CandidateMap, score: str) -> Proposals:
-    """Prepares the proposals of one set of candidates, to be used by every group of anchors."""
-    factors = envelope(score, jnp.zeros((1,), candidates.spread.dtype), candidates.spread).candidate_factors
-    return Proposals(candidates, cumulate(jnp.where(candidates.valid, factors, 0.0)))
+def prepare_proposals(candidates: CandidateMap, score: str, peers: Peers = ALONE) -> Proposals:
+    """Prepares the proposals of one set of candidates, to be used by every pool."""
+    images, pixels = candidates.valid.shape
+    weights = spread(candidates.offsets).reshape(-1)
+    factors = envelope(score, jnp.zeros((1,), weights.dtype), weights).candidate_factors
+    factors = factors.reshape(-1, images, pixels)
+    cumulative = cumulate(jnp.where(candidates.valid, factors, 0.0))
+    return Proposals(cumulative, running_sum(peers.gather(cumulative.total, axis=1)))
+
+
+def draw_pool(uniform: Float[Array, "terms 3 slots"], proposals: Proposals, peers: Peers = ALONE) -> Drawn:
+    """One pool of proposals, [terms, slots]: for each slot and term one candidate in proportion to the term."""
+    images = proposals.pixels.blocks.shape[1]
+
+    def one_term(uniform, pixels, running):
+        image, mine = _on_this_device(first_above(running[None], uniform[0]), images, peers)
+        return Drawn(image, pick(pixels, uniform[1:], image), mine)
+
+    return jax.vmap(one_term)(uniform, proposals.pixels, proposals.images)
 
 
 class SharedDraws(NamedTuple):
-    """Negatives of a group of anchors as a mask over a pool that they share.
+    """Negatives of a group of anchors as a mask over a pool that they share, [terms, slots] in a row.
 
     A candidate that stands in several slots of the pool was drawn as many times.
     """
 
-    pool: Int[Array, "slots"]
-    taken: Bool[Array, "anchors slots"]
+    taken: Bool[Array, "anchors terms*slots"]
     accepted: Int[Array, "anchors"]
     """How many slots each anchor accepted. Below K the row is short: draw it anew with a row sampler."""
 
@@ -134,13 +159,14 @@ def mixture_proposals(
     key: PRNGKeyArray,
     anchors: Float[Array, "anchors dim"],
     own: Int[Array, "anchors"],
-    proposals: Proposals,
+    pool: Float[Array, "terms*slots dim"],
+    pool_positions: Int[Array, "terms*slots"],
+    masses: Float[Array, "terms"],
     *,
     score: str,
     num_negatives: int,
-    slots: int,
 ) -> SharedDraws:
-    """Rejection sampling from proposals that a group of anchors shares.
+    """Rejection sampling from proposals that several anchors share.
 
     The envelope of the score is a mixture ``Σ_j α_j(p) β_j(r)``. A slot of the pool holds one candidate for each term,
     drawn with probability proportional to ``β_j``. For each slot, each anchor chooses a term with probability
@@ -149,28 +175,24 @@ def mixture_proposals(
     The first K accepted slots are K independent draws from exactly the anchor's own distribution.
 
     Args:
-        anchors: unit pseudo-probability vectors.
-        own: each anchor's position among the candidates, which it never draws; -1 if it is not one of them.
-        slots: length of the pool, a multiple of 32.
+        anchors: pseudo-probability vectors relative to the candidates' centre, like the ``pool``'s.
+        own: each anchor's position, which it never draws; -1 if it is not among the candidates.
+        masses: ``Σ_r β_j(r)`` of each term.
     """
-    candidates, terms = proposals
-    num_terms, num_anchors = terms.blocks.shape[0], anchors.shape[0]
-    uniform = jax.random.uniform(key, (2 * num_terms + num_anchors, slots))
-    pool = jax.vmap(pick)(terms, uniform[: 2 * num_terms].reshape(num_terms, 2, slots)).ravel()
-
-    offsets = anchors - candidates.centre
-    factors = envelope(score, jnp.sum(jnp.square(offsets), axis=-1), candidates.spread[pool])
+    num_anchors, num_terms = anchors.shape[0], masses.shape[0]
+    slots = pool.shape[0] // num_terms
+    factors = envelope(score, spread(anchors), spread(pool))
     bound = jnp.sum(factors.anchor_factors[:, :, None] * factors.candidate_factors[:, None, :], axis=0)
-    ratio = debias_score(score, offsets, candidates.offsets[pool]) / jnp.where(bound > 0, bound, jnp.inf)
-    ratio = jnp.where(pool[None, :] == own[:, None], 0.0, ratio).reshape(num_anchors, num_terms, slots)
+    ratio = debias_score(score, anchors, pool) / jnp.where(bound > 0, bound, jnp.inf)
+    ratio = jnp.where(pool_positions[None, :] == own[:, None], 0.0, ratio).reshape(num_anchors, num_terms, slots)
 
-    mass = (factors.anchor_factors * terms.total[:, None]).T
+    mass = (factors.anchor_factors * masses[:, None]).T
     total = jnp.sum(mass, axis=-1, keepdims=True)
     share = (mass / jnp.where(total > 0, total, jnp.inf))[:, :, None]
     start = jnp.cumsum(share, axis=1) - share
-    coin = uniform[2 * num_terms :, None, :]
+    coin = jax.random.uniform(key, (num_anchors, 1, slots))
     hit = (coin >= start) & (coin < start + share * ratio)
 
     rank = _running_count(jnp.any(hit, axis=1))
     taken = hit & (rank <= num_negatives)[:, None, :]
-    return SharedDraws(pool, taken.reshape(num_anchors, -1), rank[:, -1])
+    return SharedDraws(taken.reshape(num_anchors, -1), rank[:, -1])

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from cast_jax.contrastive.peers import ALONE, Peers
+
 SCORES = ("d", "d_squared", "d_sqrt", "uniform")
 
 
@@ -19,18 +21,18 @@ class CandidateMap(NamedTuple):
     """
 
     centre: Float[Array, "dim"]
-    offsets: Float[Array, "candidates dim"]
-    spread: Float[Array, "candidates"]
-    """Squared norm of the offsets: ``b_r = ‖ĝ_r - μ‖²``."""
-    valid: Bool[Array, "candidates"]
+    offsets: Float[Array, "images pixels dim"]
+    valid: Bool[Array, "images pixels"]
 
 
-def candidate_map(g_hat: Float[Array, "candidates dim"], valid: Bool[Array, "candidates"]) -> CandidateMap:
-    """Centres the candidates' vectors on the mean of the valid ones; invalid ones may hold anything, even NaN."""
-    g_hat = jnp.where(valid[:, None], g_hat, 0.0)
-    centre = jnp.sum(g_hat, axis=0) / jnp.maximum(jnp.sum(valid), 1)
-    offsets = jnp.where(valid[:, None], g_hat - centre, 0.0)
-    return CandidateMap(centre, offsets, jnp.sum(jnp.square(offsets), axis=-1), valid)
+def candidate_map(
+    g_hat: Float[Array, "images pixels dim"], valid: Bool[Array, "images pixels"], peers: Peers = ALONE
+) -> CandidateMap:
+    """Centres the candidates on the mean of all peers' valid ones; invalid ones may hold anything, even NaN."""
+    g_hat = jnp.where(valid[..., None], g_hat, 0.0)
+    # Image by image first: the sum must not depend on which device holds which images.
+    centre = jnp.sum(peers.gather(jnp.sum(g_hat, axis=1)), axis=0) / jnp.maximum(peers.sum(jnp.sum(valid)), 1)
+    return CandidateMap(centre, jnp.where(valid[..., None], g_hat - centre, 0.0), valid)
 
 
 def debias_score(
@@ -62,6 +64,11 @@ class Envelope(NamedTuple):
 
     anchor_factors: Float[Array, "terms anchors"]
     candidate_factors: Float[Array, "terms candidates"]
+
+
+def spread(offsets: Float[Array, "*batch dim"]) -> Float[Array, "*batch"]:
+    """Squared distance from the centre: ``a_p = ‖ĝ_p - μ‖²`` of anchors, ``b_r`` of candidates."""
+    return jnp.sum(jnp.square(offsets), axis=-1)
 
 
 def envelope(kind: str, anchor_spread: Float[Array, "anchors"], spread: Float[Array, "candidates"]) -> Envelope:

@@ -6,12 +6,17 @@ axis names (or None) per dimension, or "auto": the largest dimension that ``fsdp
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from cast_jax.core.errors import UserError
 from cast_jax.core.rules import match_rules, named_leaves, unnamed
@@ -97,6 +102,44 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)  # in one call: a third of the host time of one call a leaf
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch)
+
+
+def batch_axes() -> tuple[str, ...]:
+    """The axes over which batches are split, within ``jax.set_mesh`` of more than one device; else none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return AXES if not mesh.empty and mesh.size > 1 else ()
+
+
+def on_one_cpu() -> bool:
+    """Whether to compute as is fast on a CPU: image by image, which on a mesh would gather all images everywhere."""
+    return jax.default_backend() == "cpu" and not batch_axes()
+
+
+def join_batches(trees: Sequence[Any]) -> Any:
+    """Concatenates batches, image by image in turn (by the ratio of their sizes) rather than one after the other.
+
+    On several devices each one's parts then come to lie beside each other, so that nothing moves between them; and the
+    order is the same on any number of devices that divides all sizes. ``split_batches`` undoes it.
+    """
+    turns = math.gcd(*(jax.tree.leaves(tree)[0].shape[0] for tree in trees))
+
+    def join(*leaves: Array) -> Array:
+        joined = jnp.concatenate([leaf.reshape(turns, -1, *leaf.shape[1:]) for leaf in leaves], axis=1)
+        return joined.reshape(-1, *joined.shape[2:])
+
+    return jax.tree.map(join, *trees)
+
+
+def split_batches(tree: Any, sizes: Sequence[int]) -> list[Any]:
+    """The batches of the given sizes that ``join_batches`` put together."""
+    turns = math.gcd(*sizes)
+    stops = [size // turns for size in accumulate(sizes, initial=0)]
+
+    def cut(leaf: Array, start: int, stop: int) -> Array:
+        piece = leaf.reshape(turns, -1, *leaf.shape[1:])[:, start:stop]
+        return piece.reshape(-1, *leaf.shape[1:])
+
+    return [jax.tree.map(functools.partial(cut, start=start, stop=stop), tree) for start, stop in pairwise(stops)]
 
 
 def check_batch_size(size: int, devices: int) -> None:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, PRNGKeyArray
 
 from cast_jax.core import metrics as metric
 from cast_jax.core.checkpoint import TrainState
+from cast_jax.core.compiled import memory_bytes
 from cast_jax.core.errors import UserError
 from cast_jax.core.optim import OptimizerConfig, ema_update, make_optimizer
 from cast_jax.core.rules import named_leaves, unnamed
@@ -97,13 +98,11 @@ class TrainStep:
         begin = time.monotonic()
         everywhere = replicated(self.mesh)
         jitted = jax.jit(self._step, donate_argnums=0, out_shardings=(self._shardings, everywhere, everywhere))
-        program = jitted.lower(state, frozen, batch, self._key).compile()
+        with jax.set_mesh(self.mesh):
+            program = jitted.lower(state, frozen, batch, self._key).compile()
         self._program = program
-        memory = program.memory_analysis()
-        size = ""
-        if memory is not None:
-            used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-            size = f"; it needs {(used + memory.temp_size_in_bytes) / GIB:.3g} GiB on each device"
+        needed = memory_bytes(program)
+        size = "" if needed is None else f"; it needs {needed / GIB:.3g} GiB on each device"
         logger.info("compiling the %s step done in %.1f s%s", name, time.monotonic() - begin, size)
 
     def __call__(

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from cast_jax.core.sharding import on_one_cpu
+
 MASKED = -1e4  # the logit of what a query may not see: small enough, and not so small that log(keys) drowns in it
 
 
@@ -23,7 +25,7 @@ def attend(
     CPU: one head at a time, recomputed in the gradient. Elsewhere ``jax.nn.dot_product_attention``, with cuDNN's fused
     kernel where it applies. Queries that may look nowhere get an arbitrary finite result.
     """
-    if jax.default_backend() == "cpu":
+    if on_one_cpu():
         return _attend_head_by_head(query, key, value, mask)
     implementation: Literal["cudnn", "xla"] = "cudnn" if mask is None and _fits_cudnn(query) else "xla"
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from cast_jax.core.sharding import on_one_cpu
+
 
 class Conv3x3(nnx.Module):
     """A 3x3 convolution padded by one pixel on every side, as ``torch.nn.Conv2d(..., 3, stride, padding=1)``.
@@ -44,7 +46,7 @@ def convolve3x3(
     stride: int = 1,
 ) -> Float[Array, "batch new_height new_width out_features"]:
     """Convolves maps padded by one pixel; on a CPU at stride 1, with a kernel gradient of its own."""
-    if stride == 1 and jax.default_backend() == "cpu":
+    if stride == 1 and on_one_cpu():
         return _convolve_on_cpu(features, kernel)
     return _convolve(features, kernel, stride)
 

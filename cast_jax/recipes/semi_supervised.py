@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from cast_jax.contrastive.bank import Bank, Entries, choose_entries, empty_bank, push
@@ -18,9 +19,11 @@ from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.contrastive.correspondence import correspond
 from cast_jax.contrastive.fused_map import pseudo_probability
 from cast_jax.contrastive.loss import contrastive_loss
+from cast_jax.contrastive.peers import Peers
 from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.core.geometry import pixel_centres, unpack_masks
+from cast_jax.core.sharding import batch_axes, join_batches, split_batches
 from cast_jax.data.views import VIEW_NAMES
 from cast_jax.losses.set_criterion import CriterionConfig, set_criterion
 from cast_jax.models.functional import Functional, Params
@@ -160,13 +163,11 @@ class SemiSupervised:
     def _forward(self, params: Params, batch: Batch, key: PRNGKeyArray) -> dict[str, dict[str, Prediction]]:
         names = [(group, view) for group in sorted(batch) for view in VIEW_NAMES if view in batch[group]]
         images = [view_images(batch[group][view]) for group, view in names]
-        prediction = self.segmenter.apply(params, jnp.concatenate(images), key=key)
+        prediction = self.segmenter.apply(params, join_batches(images), key=key)
         result: dict[str, dict[str, Prediction]] = {group: {} for group in batch}
-        start = 0
-        for (group, view), image in zip(names, images, strict=True):
-            stop = start + len(image)
-            result[group][view] = jax.tree.map(lambda x, a=start, b=stop: x[a:b], prediction)
-            start = stop
+        parts = split_batches(prediction, [len(image) for image in images])
+        for (group, view), part in zip(names, parts, strict=True):
+            result[group][view] = part
         return result
 
     def _set_loss(self, key, predictions, group, views) -> tuple[Array, Metrics]:
@@ -188,7 +189,7 @@ class SemiSupervised:
         """
         config, stride = self.config, self.config.contrastive_stride
         groups = sorted(batch)
-        join = lambda read: jnp.concatenate([read(group) for group in groups])
+        join = lambda read: join_batches([read(group) for group in groups])
         image_size = batch[groups[0]]["strong"]["image"].shape[1:3]
 
         def embed(view: str) -> Float[Array, "batch h w embedding"]:
@@ -211,15 +212,15 @@ class SemiSupervised:
         )
         z_seen, g_seen = jnp.split(seen, [z_weak.shape[-1]], axis=-1)
         z_seen = z_seen / jnp.sqrt(jnp.sum(z_seen**2, axis=-1, keepdims=True) + 1e-12)
-        total, count, metrics = contrastive_loss(
+        total, count, metrics = _over_devices(
             key,
             config.contrastive,
+            bank,
             z_weak=z_seen,
             z_strong=z_strong.reshape(z_seen.shape),
             g=g_seen,
             valid=valid,
             instance_ids=join(lambda group: instance_map(batch[group]["strong"], size)),
-            bank=bank,
         )
         result = total / jnp.maximum(count, 1.0), metrics | {"contrastive/loss": (total, count)}
         if bank is None:
@@ -227,6 +228,18 @@ class SemiSupervised:
         key = jax.random.fold_in(key, 1)
         z_keys = z_strong.reshape(z_seen.shape)
         return *result, choose_entries(key, config.contrastive, z=z_keys, g=g_seen, valid=valid)
+
+
+def _over_devices(key: PRNGKeyArray, config: ContrastiveConfig, bank: Bank | None, **pixels: Any) -> tuple[Any, ...]:
+    """The contrastive loss of the whole batch, which the devices hold together."""
+    if not (axes := batch_axes()):
+        return contrastive_loss(key, config, bank=bank, **pixels)
+
+    def of_one(key: PRNGKeyArray, bank: Bank | None, pixels: dict[str, Any]) -> tuple[Any, ...]:
+        return contrastive_loss(key, config, bank=bank, peers=Peers(axes), **pixels)
+
+    whole, parts = PartitionSpec(), PartitionSpec(axes)
+    return jax.shard_map(of_one, in_specs=(whole, whole, parts), out_specs=whole, check_vma=False)(key, bank, pixels)
 
 
 def instance_map(view: Batch, size: tuple[int, int]) -> Int[Array, "batch pixels"]:

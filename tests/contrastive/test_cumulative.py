@@ -11,14 +11,14 @@ from cast_jax.contrastive.cumulative import cumulate, pick
 
 def test_inversion_worked_by_hand():
     # Blocks of two: (1, 0), (3, 4). The first number chooses the block, the second the place inside.
-    cumulative = cumulate(jnp.array([1.0, 0.0, 3.0, 4.0]))
+    cumulative = cumulate(jnp.array([[1.0, 0.0, 3.0, 4.0]]))
     first, second = np.meshgrid([0.0, 0.124, 0.126, 0.99], [0.0, 0.42, 0.43, 0.99], indexing="ij")
     found = pick(cumulative, jnp.array([first.ravel(), second.ravel()])).reshape(4, 4)
     np.testing.assert_array_equal(found, [[0, 0, 0, 0], [0, 0, 0, 0], [2, 2, 3, 3], [2, 2, 3, 3]])
     assert cumulative.total == 8
 
 
-_pick = jax.jit(lambda weights, uniform: pick(cumulate(weights), uniform))
+_pick = jax.jit(lambda weights, uniform: pick(cumulate(weights[None]), uniform))
 
 
 @settings(max_examples=40, deadline=None)
@@ -34,6 +34,12 @@ def test_zero_weights_are_never_drawn(seed, share, scale):
 
 
 def test_all_zero_weights_give_position_zero():
-    cumulative = cumulate(jnp.zeros(10))
+    cumulative = cumulate(jnp.zeros((1, 10)))
     assert cumulative.total == 0
     np.testing.assert_array_equal(pick(cumulative, jax.random.uniform(jax.random.key(0), (2, 5))), 0)
+
+
+def test_each_draw_from_the_distribution_that_it_names():
+    cumulative = cumulate(jnp.eye(5))
+    which = jnp.array([4, 0, 3, 3, 1])
+    np.testing.assert_array_equal(pick(cumulative, jax.random.uniform(jax.random.key(0), (2, 5)), which), which)

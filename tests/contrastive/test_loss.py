@@ -47,14 +47,18 @@ def explicit(key, config, inputs):
     z = {view: unit(inputs[view].astype(np.float64)) for view in ("z_weak", "z_strong")}
     directions = [("z_weak", "z_strong"), ("z_strong", "z_weak")][: 1 + config.symmetric]
     loss = count = wrong = known = margin = pairs = 0.0
-    set_keys = iter(jax.random.split(jax.random.split(key)[1], len(directions) * len(sets)))
+    set_keys = iter(jax.random.split(jax.random.split(key)[1], len(directions)))
+    if config.scope == "image":
+        set_keys = (jax.random.fold_in(key, image) for key in list(set_keys) for image in range(BATCH))
     for of_anchors, of_keys in directions:
         for images in sets:
             pick = functools.partial(_of_images, images)
-            g_set, ok, unknown = pick(g_hat), pick(valid), np.zeros(len(images) * PIXELS, np.int32)
-            anchors = Anchors(g_set, np.arange(len(g_set), dtype=np.int32), ok, unknown, ok)
-            drawn, drawable = _negatives(next(set_keys), config, anchors, CandidatePixels(g_set, ok, unknown))
+            g_set, ok = g_hat[images], valid[images]
+            unknown, own = np.zeros(ok.shape, np.int32), np.arange(ok.size, dtype=np.int32).reshape(ok.shape)
+            anchors = Anchors(g_set, own, ok, unknown, ok, np.array(images, np.int32))
+            drawn, drawable = _negatives(next(set_keys), config, anchors, CandidatePixels(g_set, ok, unknown, own))
             assert np.array_equal(drawable, ok)
+            drawn, ok = drawn.reshape(-1, config.num_negatives), ok.ravel()
             ids, image = pick(inputs["instance_ids"]), pick(image_of)
             z_anchor, z_key = pick(z[of_anchors]), pick(z[of_keys])
             for p in np.flatnonzero(ok):
@@ -171,18 +175,22 @@ def test_pixels_with_a_broken_map_take_no_part_and_are_reported():
     assert not np.any(by_map)
 
 
+def _keys(seed):
+    return jax.random.split(jax.random.key(seed), 3)
+
+
 def test_anchors_are_a_random_subset_of_the_valid_pixels():
     valid = np.zeros((3, 40), bool)
     valid[0], valid[1, 10:30], valid[2, :4] = True, True, True
-    position, real = choose_anchors(jax.random.key(0), jnp.asarray(valid), 10)
+    position, real = choose_anchors(_keys(0), jnp.asarray(valid), 10)
     np.testing.assert_array_equal(np.sum(real, axis=1), [10, 10, 4])
     for image in range(3):
         chosen = np.asarray(position[image])[np.asarray(real[image])]
         assert len(set(chosen)) == len(chosen)
         assert valid[image, chosen].all()
-    other = choose_anchors(jax.random.key(1), jnp.asarray(valid), 10)[0]
+    other = choose_anchors(_keys(1), jnp.asarray(valid), 10)[0]
     assert not np.array_equal(np.sort(position[0]), np.sort(other[0]))
-    everything, real = choose_anchors(jax.random.key(0), jnp.asarray(valid), None)
+    everything, real = choose_anchors(_keys(0), jnp.asarray(valid), None)
     np.testing.assert_array_equal(everything[1], np.arange(40))
     np.testing.assert_array_equal(real, valid)
 

@@ -12,7 +12,7 @@ from scipy import stats
 from cast_jax.contrastive import contrast
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.contrastive.contrast import Anchors, CandidatePixels, draw_negatives
-from cast_jax.contrastive.cumulative import cumulate
+from cast_jax.contrastive.cumulative import cumulate, running_sum
 from cast_jax.contrastive.samplers import number_of_slots, prepare_proposals
 from cast_jax.contrastive.scores import EXPECTED_ACCEPTANCE
 
@@ -50,14 +50,20 @@ def p_values(drawn: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
 
 def draw(g_hat: np.ndarray, config: ContrastiveConfig) -> np.ndarray:
     """int [keys, anchors, K] from the public sampler."""
-    unknown = jnp.full(PIXELS, -1)
-    of_anchors = jnp.asarray(ANCHORS, jnp.int32)
-    yes = jnp.ones(len(ANCHORS), bool)
-    pixels = CandidatePixels(jnp.asarray(g_hat), jnp.asarray(VALID), unknown)
-    anchors = Anchors(pixels.g_hat[of_anchors], of_anchors, yes, unknown[of_anchors], yes)
-    drawn, drawable = _draw_for_keys(config, jax.random.split(jax.random.key(7), KEYS), anchors, pixels)
+    drawn, drawable = _draw_for_keys(config, jax.random.split(jax.random.key(7), KEYS), *operands(g_hat))
     assert np.all(drawable)
-    return np.asarray(drawn)
+    return np.asarray(drawn)[:, 0]
+
+
+def operands(g_hat: np.ndarray) -> tuple[Anchors, CandidatePixels]:
+    """The anchors as those of one image, the candidates as pixels of four."""
+    of_anchors = jnp.asarray(ANCHORS, jnp.int32)[None]
+    yes, unknown = jnp.ones(of_anchors.shape, bool), jnp.full(of_anchors.shape, -1)
+    positions = jnp.arange(PIXELS).reshape(4, -1)
+    candidates = CandidatePixels(
+        jnp.asarray(g_hat).reshape(4, PIXELS // 4, -1), jnp.asarray(VALID).reshape(4, -1), -positions - 1, positions
+    )
+    return Anchors(jnp.asarray(g_hat)[of_anchors], of_anchors, yes, unknown, yes, jnp.zeros(1, jnp.int32)), candidates
 
 
 def _draw(config, keys, anchors, pixels):
@@ -121,9 +127,10 @@ def test_the_test_refuses_a_fixed_pool():
 
 
 def test_the_test_refuses_proposals_that_do_not_follow_the_envelope(monkeypatch):
-    def uniform_terms(candidates, score):
-        right = prepare_proposals(candidates, score)
-        return right._replace(terms=cumulate(jnp.broadcast_to(candidates.valid * 1.0, (2, PIXELS))))
+    def uniform_terms(candidates, score, peers):
+        right = prepare_proposals(candidates, score, peers)
+        uniform = cumulate(jnp.broadcast_to(candidates.valid * 1.0, (2, *candidates.valid.shape)))
+        return right._replace(pixels=uniform, images=running_sum(uniform.total))
 
     monkeypatch.setattr(contrast, "prepare_proposals", uniform_terms)
     g_hat = make_map("diffuse", PIXELS)
