@@ -51,13 +51,40 @@ class CandidatePixels(NamedTuple):
     """A number that no other candidate has, on any device."""
 
 
-class Pools(NamedTuple):
-    """Pools of proposals with what their candidates' devices know of them; a pool is [terms, slots] in a row."""
+class Known(NamedTuple):
+    """What is known of candidates: of those on this device, or of those that stand in a pool."""
 
-    offsets: Float[Array, "pools terms*slots dim"]
-    z: Float[Array, "pools terms*slots embedding"]
-    regions: Int[Array, "pools terms*slots"]
-    position: Int[Array, "pools terms*slots"]
+    offsets: Float[Array, "*places dim"]
+    z: Float[Array, "*places embedding"]
+    regions: Int[Array, "*places"]
+    position: Int[Array, "*places"]
+
+
+class Pools(NamedTuple):
+    """Pools of proposals, each [terms, slots] in a row, and the masses of the terms."""
+
+    drawn: Drawn
+    """Where their candidates lie, if they lie on this device: [pools, terms*slots]."""
+    exchanged: Known | None
+    """The candidates themselves, if they come from several devices; else they are read when their turn comes."""
+    masses: Float[Array, "terms"]
+
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        return self.drawn.image.shape[0]
+
+    def read(self, which: Int[Array, ""], known: Known) -> Known:
+        """The candidates of one pool; ``known`` of this device's."""
+        if self.exchanged is not None:
+            return _one(self.exchanged, which)
+        return _read(known, _one(self.drawn, which))
+
+    def add(self, which: Int[Array, ""], values: Array, total: Array) -> Array:
+        """Adds values of one pool's candidates to a total of all pools', or of all candidates."""
+        if self.exchanged is not None:
+            return total.at[which].add(values)
+        return _add_at(total, _one(self.drawn, which), values)
 
 
 class Sums(NamedTuple):
@@ -153,16 +180,33 @@ def number_of_groups(config: ContrastiveConfig, anchors: int) -> int:
 
 
 def _grouped(config: ContrastiveConfig, arrays):
-    """[images, anchors, ...] as [images * groups, size, ...], padded with invalid anchors (zeros)."""
+    """[images, anchors, ...] as [images * groups, size, ...], padded with invalid anchors (zeros).
+
+    A group takes every ``groups``-th anchor: neighbours, which lie on the same instance, do not share a pool. With
+    groups of neighbours the gradient's noise would be twice as large.
+    """
     images, anchors = jax.tree.leaves(arrays)[0].shape[:2]
     groups = number_of_groups(config, anchors)
     size = -(-anchors // groups)
 
     def split(array):
         padded = jnp.pad(array, [(0, 0), (0, groups * size - anchors)] + [(0, 0)] * (array.ndim - 2))
-        return padded.reshape(images * groups, size, *array.shape[2:])
+        return jnp.swapaxes(padded.reshape(images, size, groups, *array.shape[2:]), 1, 2).reshape(
+            images * groups, size, *array.shape[2:]
+        )
 
     return jax.tree.map(split, arrays)
+
+
+def _ungrouped(arrays, shape: tuple[int, ...]):
+    """What ``_grouped`` made of arrays of this shape, [images, anchors, ...], as it was."""
+    images, anchors = shape
+
+    def join(array):
+        by_image = array.reshape(images, -1, *array.shape[1:])
+        return jnp.swapaxes(by_image, 1, 2).reshape(images, -1, *array.shape[2:])[:, :anchors]
+
+    return jax.tree.map(join, arrays)
 
 
 def _group_numbers(config: ContrastiveConfig, anchors: Anchors) -> Int[Array, "groups"]:
@@ -172,26 +216,32 @@ def _group_numbers(config: ContrastiveConfig, anchors: Anchors) -> Int[Array, "g
 
 
 def _make_pools(
-    config: ContrastiveConfig, peers: Peers, key, number: int, candidates: CandidateMap, pixels: CandidatePixels, z
-) -> tuple[Pools, Drawn, Float[Array, "terms"]]:
-    """``number`` pools, where this device's share of them lies, and the masses of the terms."""
+    config: ContrastiveConfig, peers: Peers, key: PRNGKeyArray, number: int, candidates: CandidateMap, known: Known
+) -> Pools:
     proposals = prepare_proposals(candidates, config.sampling_score, peers)
     terms = proposals.images.shape[0]
 
-    def one(key) -> tuple[Pools, Drawn]:
+    def one(key: PRNGKeyArray) -> tuple[Drawn, Known | None]:
         drawn = draw_pool(jax.random.uniform(key, (terms, 3, config.num_slots)), proposals, peers)
         drawn = jax.tree.map(jnp.ravel, drawn)
-        known = Pools(candidates.offsets, z, pixels.regions, pixels.position)
-        return jax.tree.map(lambda array: _read(array, drawn), known), drawn
+        return drawn, _read(known, drawn) if peers.axes else None
 
-    pools, drawn = jax.lax.map(one, jax.random.split(key, number))
-    return peers.sum(pools), drawn, total_of(proposals.images)
+    drawn, mine = jax.lax.map(one, jax.random.split(key, number))
+    return Pools(drawn, peers.sum(mine), total_of(proposals.images))
 
 
-def _read(array, drawn: Drawn):
+def _one(tree, which):
+    return jax.tree.map(lambda array: array[which], tree)
+
+
+def _read(tree, drawn: Drawn):
     """The values of the candidates that this device holds, zeros for the others'."""
-    values = array[drawn.image, drawn.pixel]
-    return jnp.where(jnp.expand_dims(drawn.mine, tuple(range(drawn.mine.ndim, values.ndim))), values, 0)
+
+    def read(array):
+        values = array[drawn.image, drawn.pixel]
+        return jnp.where(jnp.expand_dims(drawn.mine, tuple(range(drawn.mine.ndim, values.ndim))), values, 0)
+
+    return jax.tree.map(read, tree)
 
 
 def _add_at(array, drawn: Drawn, values):
@@ -199,33 +249,35 @@ def _add_at(array, drawn: Drawn, values):
     return array.at[jnp.where(drawn.mine, drawn.image, array.shape[0]), drawn.pixel].add(values, mode="drop")
 
 
-def _propose(config, key, number, anchors: Anchors, pools: Pools, candidates: CandidateMap, masses):
+def _propose(config, key, number, anchors: Anchors, pools: Pools, centre, known: Known):
     """A group's pool and the negatives that it accepts there."""
-    which = number % pools.position.shape[0]
-    pool = jax.tree.map(lambda array: array[which], pools)
+    which = number % pools.number
+    pool = pools.read(which, known)
     shared = mixture_proposals(
         jax.random.fold_in(key, number),
-        anchors.g_hat - candidates.centre,
+        anchors.g_hat - centre,
         anchors.own,
         pool.offsets,
         pool.position,
-        masses,
+        pools.masses,
         score=config.sampling_score,
         num_negatives=config.num_negatives,
     )
     return which, pool, shared
 
 
-def _contrast_groups(config, key, z_anchors, z_positives, anchors: Anchors, pools: Pools, candidates, masses):
-    """All groups against their pools: sums, gradients (anchors', positives', pools'), and who stays short."""
-    images, per_image = anchors.own.shape
+def _contrast_groups(config, key, z_anchors, z_positives, anchors: Anchors, pools: Pools, centre, known: Known):
+    """All groups against their pools: sums, gradients, and who stays short.
+
+    The gradients are the anchors', the positives', and the exchanged pools' or else the candidates'.
+    """
     numbers = _group_numbers(config, anchors)
     grouped = _grouped(config, (z_anchors, z_positives, anchors._replace(image=jnp.zeros_like(anchors.own))))
 
     def step(carry, group):
-        sums, d_pools = carry
+        sums, d_negatives = carry
         number, (z_anchors, z_positives, anchors) = group
-        which, pool, shared = _propose(config, key, number, anchors, pools, candidates, masses)
+        which, pool, shared = _propose(config, key, number, anchors, pools, centre, known)
         served = anchors.valid & (shared.accepted >= config.num_negatives)
         more, (d_anchors, d_positives, d_pool) = _contrast_rows(
             config, z_anchors, z_positives, pool.z, shared.taken, anchors._replace(valid=served), pool.regions
@@ -237,14 +289,17 @@ def _contrast_groups(config, key, z_anchors, z_positives, anchors: Anchors, pool
             short=jnp.sum(anchors.valid & ~served, dtype=float),
             requested=requested,
         )
-        more = _with_effective(more, pool.position[None], shared.taken[:1], served[:1])  # one of them: it is costly
-        return (_add(sums, more), d_pools.at[which].add(d_pool)), (d_anchors, d_positives, anchors.valid & ~served)
+        more = _with_effective(more, pool.position[None], shared.taken[:1], served[:1])  # of one: it is costly
+        return (_add(sums, more), pools.add(which, d_pool, d_negatives)), (
+            d_anchors,
+            d_positives,
+            anchors.valid & ~served,
+        )
 
-    carry = (_no_sums(), jnp.zeros_like(pools.z))
-    (sums, d_pools), by_group = jax.lax.scan(step, carry, (numbers, grouped))
-    ungroup = lambda array: array.reshape(images, -1, *array.shape[2:])[:, :per_image]
-    d_anchors, d_positives, short = jax.tree.map(ungroup, by_group)
-    return sums, (d_anchors, d_positives, d_pools), short
+    d_negatives = jnp.zeros_like(known.z if pools.exchanged is None else pools.exchanged.z)
+    (sums, d_negatives), by_group = jax.lax.scan(step, (_no_sums(), d_negatives), (numbers, grouped))
+    d_anchors, d_positives, short = _ungrouped(by_group, anchors.own.shape)
+    return sums, (d_anchors, d_positives, d_negatives), short
 
 
 def _for_flagged_rows(peers: Peers, flagged: Bool[Array, "anchors"], body, state):
@@ -291,7 +346,7 @@ def _contrast_short(config, peers, key, z, anchors, candidates, pixels, flagged,
         sums, d_anchors, d_positives, d_candidates = state
         drawn, drawable = _draw_rows(config, peers, key, anchors, rows, candidates, pixels)
         known = (z_candidates, pixels.regions, pixels.position)
-        z_negatives, regions, position = peers.sum_and_split(jax.tree.map(lambda array: _read(array, drawn), known))
+        z_negatives, regions, position = peers.sum_and_split(_read(known, drawn))
         some = jax.tree.map(lambda leaf: leaf[rows], flat)
         drawable = drawable.reshape(-1, _ROWS)[peers.number]
         some = some._replace(valid=some.valid & real & drawable)
@@ -311,11 +366,13 @@ def _contrast_set(config, peers, num_images, key, z_anchors, z_positives, z_cand
     d_anchors, d_positives = jnp.zeros_like(z_anchors), jnp.zeros_like(z_positives)
     if config.sampler == "mixture_proposals":
         number = min(num_images * number_of_groups(config, anchors.own.shape[1]), config.max_pools)
-        pools, drawn, masses = _make_pools(config, peers, pool_key, number, candidates, pixels, z_candidates)
-        sums, (d_anchors, d_positives, d_pools), flagged = _contrast_groups(
-            config, coin_key, z_anchors, z_positives, anchors, pools, candidates, masses
+        known = Known(candidates.offsets, z_candidates, pixels.regions, pixels.position)
+        pools = _make_pools(config, peers, pool_key, number, candidates, known)
+        sums, (d_anchors, d_positives, d_candidates), flagged = _contrast_groups(
+            config, coin_key, z_anchors, z_positives, anchors, pools, candidates.centre, known
         )
-        d_candidates = _add_at(d_candidates, drawn, peers.sum(d_pools))
+        if pools.exchanged is not None:
+            d_candidates = _add_at(jnp.zeros_like(z_candidates), pools.drawn, peers.sum(d_candidates))
     flat = lambda array: array.reshape(-1, array.shape[-1])
     state = (sums, flat(d_anchors), flat(d_positives), d_candidates)
     sums, d_anchors, d_positives, d_candidates = _contrast_short(
@@ -385,18 +442,19 @@ def draw_negatives(
     if config.sampler == "mixture_proposals":
         number = min(peers.count * images * number_of_groups(config, per_image), config.max_pools)
         nothing = jnp.zeros((*pixels.valid.shape, 0))
-        pools, _, masses = _make_pools(config, peers, pool_key, number, candidates, pixels, nothing)
+        known = Known(candidates.offsets, nothing, pixels.regions, pixels.position)
+        pools = _make_pools(config, peers, pool_key, number, candidates, known)
 
         def propose(group):
             number, anchors = group
-            _, pool, shared = _propose(config, coin_key, number, anchors, pools, candidates, masses)
+            _, pool, shared = _propose(config, coin_key, number, anchors, pools, candidates.centre, known)
             first = jnp.argsort(~shared.taken, axis=-1, stable=True)[:, : config.num_negatives]
             short = config.num_negatives - first.shape[1]
             return jnp.pad(pool.position[first], ((0, 0), (0, short))), shared.accepted >= config.num_negatives
 
         grouped = _grouped(config, anchors._replace(image=jnp.zeros_like(anchors.own)))
         by_group = jax.lax.map(propose, (_group_numbers(config, anchors), grouped))
-        found, served = (array.reshape(images, -1, *array.shape[2:])[:, :per_image] for array in by_group)
+        found, served = _ungrouped(by_group, anchors.own.shape)
         found, flagged = found.reshape(images * per_image, -1), anchors.valid & ~served
 
     def serve(rows, real, state):
