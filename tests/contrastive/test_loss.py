@@ -202,37 +202,61 @@ def test_regions_are_unique_over_images():
     assert np.all(regions[:, 3] == -1)
 
 
-def test_a_gradient_step_grows_the_margin_between_instances():
-    """Proposition 3.1: the expected inter-instance margin grows, in proportion to the step size."""
-    rng = np.random.default_rng(0)
-    instance = np.repeat([0, 1, 2, 3], 16)
-    inputs = {
-        "z_weak": unit(rng.standard_normal((1, 64, 16))).astype(np.float32),
-        "z_strong": unit(rng.standard_normal((1, 64, 16))).astype(np.float32),
-        "g": (np.eye(4)[instance] + 0.01 * rng.random((64, 4))).astype(np.float32)[None],
-        "valid": np.ones((1, 64), bool),
-    }
+def _growth(instance, g, steps, keys=1):
+    """By how much a gradient step of these sizes grows the margin between instances, and the false-negative rate."""
+    rng, pixels = np.random.default_rng(0), len(instance)
+    views = [unit(rng.standard_normal((1, pixels, 16))).astype(np.float32) for _ in range(2)]
+    valid, ids = np.ones((1, pixels), bool), instance[None] + 1
     config = ContrastiveConfig(num_negatives=32, map="mask")
 
-    def loss(z_weak, z_strong):
-        changed = {**inputs, "z_weak": z_weak, "z_strong": z_strong}
-        return contrastive_loss(jax.random.key(5), config, **changed)[0] / 64
+    @jax.jit
+    def gradients(key, g):
+        def loss(z_weak, z_strong):
+            given = {"z_weak": z_weak, "z_strong": z_strong, "g": g, "valid": valid, "instance_ids": ids}
+            total, count, metrics = contrastive_loss(key, config, **given)
+            wrong, drawn = metrics["contrastive/false_negative_rate"]
+            return total / count, wrong / drawn
 
-    views = inputs["z_weak"], inputs["z_strong"]
-    gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))(*views)
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(*views)
+
+    found = [gradients(key, np.asarray(g, np.float32)[None]) for key in jax.random.split(jax.random.key(5), keys)]
+    mean = [np.mean([each[0][view] for each in found], axis=0) for view in range(2)]
 
     def margin(z_weak, z_strong):
         similarity = unit(z_weak[0].astype(np.float64)) @ unit(z_strong[0].astype(np.float64)).T
-        apart = instance[:, None] != instance[None]
-        return np.mean(np.diag(similarity)) - np.mean(similarity[apart])
+        return np.mean(np.diag(similarity)) - np.mean(similarity[instance[:, None] != instance[None]])
 
-    before = margin(*views)
-    growth = []
-    for step in (0.01, 0.02, 0.04):
-        moved = [np.asarray(view - step * gradient) for view, gradient in zip(views, gradients, strict=True)]
-        growth.append(margin(*moved) - before)
+    moved = [[view - step * gradient for view, gradient in zip(views, mean, strict=True)] for step in steps]
+    return np.array([margin(*pair) - margin(*views) for pair in moved]), np.mean([each[1] for each in found])
+
+
+def test_a_gradient_step_grows_the_margin_between_instances():
+    """Proposition 3.1: the expected inter-instance margin grows, in proportion to the step size."""
+    instance = np.repeat([0, 1, 2, 3], 16)
+    g = np.eye(4)[instance] + 0.01 * np.random.default_rng(1).random((64, 4))
+    growth, wrong = _growth(instance, g, (0.01, 0.02, 0.04))
+    assert wrong < 0.01
     assert growth[0] > 0
-    np.testing.assert_allclose(np.array(growth) / growth[0], [1, 2, 4], rtol=0.02)
+    np.testing.assert_allclose(growth / growth[0], [1, 2, 4], rtol=0.02)
+
+
+def test_the_margin_grows_with_the_share_of_true_negatives():
+    """Proposition 3.1: the growth is in proportion to α, the share of negatives on other instances, and positive."""
+    instance = np.repeat([0, 1], 32)
+    growth, alpha = [], []
+    for wanted in (0.0, 0.2, 0.4):
+        # Pixels of an instance have the score w, those of different ones 1: 31 w of 31 w + 32 draws are wrong.
+        w = 32 * wanted / (31 * (1 - wanted))
+        g = np.concatenate([np.sqrt(1 - w) * np.eye(2)[instance], np.sqrt(w) * np.eye(64)], axis=1)
+        grown, wrong = _growth(instance, g, (0.02,), keys=16)
+        np.testing.assert_allclose(wrong, wanted, atol=0.01)
+        growth.append(grown[0])
+        alpha.append(1 - wrong)
+    assert min(growth) > 0
+    slope, _ = np.polyfit(alpha, growth, 1)
+    assert slope > 0
+    # A line through all three: what the positives alone contribute does not depend on α.
+    np.testing.assert_allclose(np.polyval(np.polyfit(alpha, growth, 1), alpha), growth, rtol=0.05)
 
 
 def test_what_is_kept_for_the_gradient_does_not_grow_with_the_number_of_groups():
