@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.contrastive.cumulative import total_of
+from cast_jax.contrastive.fused_map import normalise
 from cast_jax.contrastive.peers import ALONE, Peers
 from cast_jax.contrastive.samplers import Drawn, draw_pool, draw_rows, mixture_proposals, prepare_proposals
 from cast_jax.contrastive.scores import CandidateMap, candidate_map
@@ -129,10 +130,19 @@ def anchor_losses(
     return jnp.log(total) + shift - positive
 
 
+def _wide(z):
+    """At least float32, in which gradients add up."""
+    return z.astype(jnp.promote_types(z.dtype, jnp.float32))
+
+
 def _contrast_rows(config, z_anchors, z_positives, z_negatives, taken, anchors, regions):
-    """Loss, diagnostics and gradients of some anchors against shared [slots, E] or own [anchors, K, E] negatives."""
+    """Loss, diagnostics and gradients of some anchors against shared [slots, E] or own [anchors, K, E] negatives.
+
+    Embeddings are normalised here, where they are used: most pixels are neither anchors nor negatives.
+    """
 
     def total_loss(z_anchors, z_positives, z_negatives):
+        z_anchors, z_positives, z_negatives = map(normalise, (z_anchors, z_positives, z_negatives))
         positive = jnp.sum(z_anchors * z_positives, axis=-1)
         subscripts = "ae,se->as" if z_negatives.ndim == 2 else "ae,ase->as"
         negative = jnp.einsum(subscripts, z_anchors, z_negatives)
@@ -140,7 +150,7 @@ def _contrast_rows(config, z_anchors, z_positives, z_negatives, taken, anchors, 
         return jnp.sum(jnp.where(anchors.valid, losses, 0.0)), (positive, negative)
 
     graded = jax.value_and_grad(total_loss, argnums=(0, 1, 2), has_aux=True)
-    (loss, (positive, negative)), gradients = graded(z_anchors, z_positives, z_negatives)
+    (loss, (positive, negative)), gradients = graded(*map(_wide, (z_anchors, z_positives, z_negatives)))
 
     regions = jnp.broadcast_to(regions, taken.shape)
     known = taken & (regions >= 0) & (anchors.valid & anchors.on_instance)[:, None]
@@ -296,7 +306,7 @@ def _contrast_groups(config, key, z_anchors, z_positives, anchors: Anchors, pool
             anchors.valid & ~served,
         )
 
-    d_negatives = jnp.zeros_like(known.z if pools.exchanged is None else pools.exchanged.z)
+    d_negatives = jnp.zeros_like(_wide(known.z if pools.exchanged is None else pools.exchanged.z))
     (sums, d_negatives), by_group = jax.lax.scan(step, (_no_sums(), d_negatives), (numbers, grouped))
     d_anchors, d_positives, short = _ungrouped(by_group, anchors.own.shape)
     return sums, (d_anchors, d_positives, d_negatives), short
@@ -362,8 +372,8 @@ def _contrast_short(config, peers, key, z, anchors, candidates, pixels, flagged,
 def _contrast_set(config, peers, num_images, key, z_anchors, z_positives, z_candidates, anchors: Anchors, pixels):
     candidates = candidate_map(pixels.g_hat, pixels.valid, peers)
     pool_key, coin_key, row_key = jax.random.split(key, 3)
-    sums, d_candidates, flagged = _no_sums(), jnp.zeros_like(z_candidates), anchors.valid
-    d_anchors, d_positives = jnp.zeros_like(z_anchors), jnp.zeros_like(z_positives)
+    sums, flagged = _no_sums(), anchors.valid
+    d_anchors, d_positives, d_candidates = (jnp.zeros_like(_wide(z)) for z in (z_anchors, z_positives, z_candidates))
     if config.sampler == "mixture_proposals":
         number = min(num_images * number_of_groups(config, anchors.own.shape[1]), config.max_pools)
         known = Known(candidates.offsets, z_candidates, pixels.regions, pixels.position)
@@ -372,13 +382,17 @@ def _contrast_set(config, peers, num_images, key, z_anchors, z_positives, z_cand
             config, coin_key, z_anchors, z_positives, anchors, pools, candidates.centre, known
         )
         if pools.exchanged is not None:
-            d_candidates = _add_at(jnp.zeros_like(z_candidates), pools.drawn, peers.sum(d_candidates))
+            d_candidates = _add_at(jnp.zeros_like(_wide(z_candidates)), pools.drawn, peers.sum(d_candidates))
     flat = lambda array: array.reshape(-1, array.shape[-1])
     state = (sums, flat(d_anchors), flat(d_positives), d_candidates)
     sums, d_anchors, d_positives, d_candidates = _contrast_short(
         config, peers, row_key, (z_anchors, z_positives, z_candidates), anchors, candidates, pixels, flagged, state
     )
-    return sums, (d_anchors.reshape(z_anchors.shape), d_positives.reshape(z_positives.shape), d_candidates)
+    return sums, (
+        d_anchors.reshape(z_anchors.shape).astype(z_anchors.dtype),
+        d_positives.reshape(z_positives.shape).astype(z_positives.dtype),
+        d_candidates.astype(z_candidates.dtype),
+    )
 
 
 def _contrast_sets(config, peers, num_images, keys, *operands):

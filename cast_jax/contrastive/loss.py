@@ -65,8 +65,8 @@ def contrastive_loss(
     ``E[<z, z⁺> - <z, z⁻>]``, in proportion to the step size, to α and to the weight that the loss puts on the negatives
     (K terms, scaled by 1/τ), even where pseudo-labels are wrong. The metrics measure 1 - α and the margin.
 
-    The pixels are the strong view's. No gradient flows through ``g``, ``valid`` or the draws. Embeddings are normalised
-    here (reading them bilinearly shortens them); computed in float32 or wider. Every anchor counts alike.
+    The pixels are the strong view's. No gradient flows through ``g``, ``valid`` or the draws. Embeddings need not be
+    normalised (reading them bilinearly shortens them); computed in float32 or wider. Every anchor counts alike.
 
     Args:
         z_weak: the weak view's embeddings, read at the strong pixels' counterparts: the anchors.
@@ -101,7 +101,6 @@ def contrastive_loss(
         raise ValueError(f"scope {config.scope!r} {'has no' if bank is not None else 'needs a'} bank")
     _check_finite(z_weak=z_weak, z_strong=z_strong, g=g)
     g = jax.lax.stop_gradient(g)
-    z_weak, z_strong = normalise(z_weak), normalise(z_strong)
     finite = jnp.all(jnp.isfinite(g), axis=-1)
     g_hat = normalise(jnp.where(finite[..., None], g, 0.0))
     usable = valid & finite

@@ -211,7 +211,6 @@ class SemiSupervised:
             valid_box_weak=join(lambda group: batch[group]["weak"]["valid_box"]),
         )
         z_seen, g_seen = jnp.split(seen, [z_weak.shape[-1]], axis=-1)
-        z_seen = z_seen / jnp.sqrt(jnp.sum(z_seen**2, axis=-1, keepdims=True) + 1e-12)
         total, count, metrics = _over_devices(
             key,
             config.contrastive,
