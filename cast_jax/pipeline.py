@@ -156,11 +156,11 @@ class Pipeline:
         if finished(folder) and result(self.workdir, name).exists():
             logger.info("%s: finished already", name)
             return
-        _, start = starting_weights(self.config, name, self.workdir)
+        _, start, parts = starting_weights(self.config, name, self.workdir)
         labelled = self.datasets.pretrain if step.source == "pretrain" else self.datasets.labelled
         recipe = self.config.recipe(name, self.categories)
         parameters = count_parameters(recipe.segmenter.abstract()) / 1e6
-        origin = f"{start} ({', '.join(step.start_parts) or 'everything'})" if start else "random weights"
+        origin = f"{start} ({', '.join(parts) or 'everything'})" if start else "random weights"
         logger.info(
             "%s: %s, %.2f M parameters, from %s", name, self.config.model[step.model]["name"], parameters, origin
         )
@@ -179,7 +179,7 @@ class Pipeline:
                 folder=folder,
                 loader=loader,
                 frozen={},
-                init_params=functools.partial(self._initial_params, recipe, start, step.start_parts),
+                init_params=functools.partial(self._initial_params, recipe, start, parts),
                 evaluate=lambda params: self._evaluate(predictor, params["segmenter"], folder),
                 export=lambda params, which: self._export(params["segmenter"], step.model, folder, which),
             )

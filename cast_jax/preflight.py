@@ -231,30 +231,39 @@ def _check_start(
     run: RunConfig, name: str, shapes: Mapping[str, Params], categories: Sequence[Category], workdir: Path
 ) -> None:
     step = run.steps[name]
-    where, path = starting_weights(run, name, workdir)
+    where, path, parts = starting_weights(run, name, workdir)
     if path is None:
         return
     if step.start and not path.exists():
         given = shapes[step.start]["segmenter"]
     else:
         given, _, known = load_shapes(path)
-        head = not step.start_parts or any(part.split("/")[0] == "mask_decoder" for part in step.start_parts)
+        head = not parts or any(part.split("/")[0] == "mask_decoder" for part in parts)
         if head and known and known != tuple(categories):
             listed = lambda classes: ", ".join(f"{category.id} {category.name}" for category in classes)
             raise UserError(
                 f"{where}: {path} is of other classes ({listed(known)}) than the labelled images "
                 f"({listed(categories)}); leave its class head out with config.steps.{name}.start_parts=('encoder',)"
             )
-    merge_weights(shapes[name]["segmenter"], given, step.start_parts, f"{where}: {path}")
+    merge_weights(shapes[name]["segmenter"], given, parts, f"{where}: {path}")
 
 
-def starting_weights(run: RunConfig, name: str, workdir: Path) -> tuple[str, Path | None]:
-    """The key that names what a step starts from, and the file: the step in ``start``, else ``config.init``."""
+def starting_weights(run: RunConfig, name: str, workdir: Path) -> tuple[str, Path | None, tuple[str, ...]]:
+    """What a step starts from: the key that names it, the file, and which parts of it (empty: everything).
+
+    That is the result of the step in ``start``, else ``config.init``. Everything of converted weights is what the
+    conversion made.
+    """
     step = run.steps[name]
     if step.start:
-        return f"config.steps.{name}.start", result(workdir, step.start)
-    given = run.init.get(step.model)
-    return f"config.init.{step.model}", weights_file(given) if given else None
+        return f"config.steps.{name}.start", result(workdir, step.start), step.start_parts
+    where, given = f"config.init.{step.model}", run.init.get(step.model)
+    if not given:
+        return where, None, step.start_parts
+    path = weights_file(given)
+    described = path.parent / "config.json"
+    converted = not step.start_parts and described.exists() and "converted" in read_json(described)
+    return where, path, tuple(load_shapes(path)[0]) if converted else step.start_parts
 
 
 def as_converted(run: RunConfig) -> RunConfig:
