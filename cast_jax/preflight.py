@@ -288,16 +288,16 @@ def as_converted(run: RunConfig) -> RunConfig:
                     f"cast-convert MODEL {given} DESTINATION"
                 )
             continue  # an export of our own: its model is spelled out in the configuration that made it
-        theirs = stored["model"]["encoder"]
+        theirs = stored["model"].get("encoder", {})
         wanted = segmenter_config(models[role], f"config.model.{role}").encoder
-        if not theirs.keys() <= {field.name for field in dataclasses.fields(wanted)}:
+        if not theirs or not theirs.keys() <= {field.name for field in dataclasses.fields(wanted)}:
             raise UserError(
                 f"config.init.{role}: {given} holds a {stored['converted']['name']}; "
                 f"config.model.{role} has another kind of encoder, {type(wanted).__name__.removesuffix('Config')}"
             )
         encoder = models[role].get("encoder", {})
         if isinstance(encoder, Mapping):
-            models[role] = {**models[role], "encoder": {**stored["converted"]["decided"], **encoder}}
+            models[role] = {**models[role], "encoder": {**stored["converted"]["decided"].get("encoder", {}), **encoder}}
         ours = to_json(dataclasses.asdict(segmenter_config(models[role], f"config.model.{role}").encoder))
         faults = [
             f"{key} is {ours[key]}, in the weights {theirs[key]}"

@@ -169,7 +169,10 @@ def test_an_encoder_is_resized_as_its_checkpoint_was_trained(tmp_path):
     encoder = {"embed_dim": 64, "num_heads": 2, "position_offset": 0.1, "position_antialias": False, "drop_path": 0.5}
     write_json(
         tmp_path / "config.json",
-        {"model": {"encoder": encoder}, "converted": {"decided": {"position_offset": 0.1, "num_register_tokens": 0}}},
+        {
+            "model": {"encoder": encoder},
+            "converted": {"decided": {"encoder": {"position_offset": 0.1, "num_register_tokens": 0}}},
+        },
     )
 
     def change(values):

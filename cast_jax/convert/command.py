@@ -21,11 +21,11 @@ from typing import Any
 from cast_jax.convert.engine import converted, plan, write_tensors
 from cast_jax.convert.models import (
     MODELS,
-    PretrainedConfig,
     check_facts,
+    family_of,
     known_model,
+    model_config,
     parameter_shapes,
-    pretrained_config,
     relatives,
 )
 from cast_jax.convert.sources import open_checkpoint
@@ -43,8 +43,8 @@ def convert(
     destination: Path,
     changes: Mapping[str, Any] | None = None,
     called: Path | None = None,
-) -> PretrainedConfig:
-    """Converts, and says so (of the destination as ``called``).
+) -> Any:
+    """Converts, and says so (of the destination as ``called``); returns the model's configuration.
 
     Memory stays below the checkpoint's size, and nothing appears in ``destination`` unless all went well.
 
@@ -53,18 +53,21 @@ def convert(
         ``config.json`` describes another; a destination that is a file, or the source's own folder.
     """
     check_destination(source, destination)
-    checkpoint = known_model(name).network.prepared(open_checkpoint(source))
-    config = pretrained_config(name, checkpoint, changes)
+    named, given = known_model(name), open_checkpoint(source)
+    family = family_of(named)
+    checkpoint = family.prepared(given, named)
+    decided = family.found(checkpoint.shapes, named)
+    config = model_config(name, decided, changes)
     shapes = parameter_shapes(config)
-    origins = plan(checkpoint, config.rules, shapes, name, lambda: relatives(name, checkpoint))
+    origins = plan(checkpoint, family.rules(config), shapes, name, lambda: relatives(name, given))
     check_facts(config, checkpoint)
     described = {
         "model": to_json(dataclasses.asdict(config)),
         "converted": {
             "name": name,
             "source": str(source),
-            "keys": config.network.layout(checkpoint.shapes),
-            "decided": config.network.found(checkpoint.shapes),
+            "keys": family.layout(checkpoint.shapes, config),
+            "decided": decided,
             "dtypes": sorted({checkpoint.dtypes[origin.key] for origin in origins.values()}),
         },
     }

@@ -112,54 +112,71 @@ def place(keys: Iterable[str], rules: Sequence[Rule]) -> Placement:
     return placement
 
 
+def placed_shapes(placement: Placement, shapes: Shapes) -> dict[str, Shape | None]:
+    """The shape that each parameter would have (see :meth:`Placement.shape`)."""
+    return {target: placement.shape(target, shapes) for target in placement.origins}
+
+
+def likeness(given: Mapping[str, Shape | None], wanted: Shapes) -> float:
+    """The share of parameters that have the same name and shape, of those in either; 1 is a perfect fit."""
+    return len(given.items() & wanted.items()) / max(len(given.keys() | wanted.keys()), 1)
+
+
 def plan(
     checkpoint: Checkpoint,
     rules: Sequence[Rule],
     wanted: Shapes,
     model: str,
-    relatives: Callable[[], Mapping[str, Shapes]] = dict,
+    relatives: Callable[[], Mapping[str, float]] = dict,
 ) -> dict[str, Origin]:
     """The origin of every parameter in ``wanted`` (name to shape), in its order.
 
-    ``relatives`` makes the shapes of the other models by name; called only for an error, to recognise the variant.
+    ``relatives`` says how much the file is like (:func:`likeness`) other models, by name; called only for an error, to
+    recognise what it is instead.
 
     Raises:
-      UserError: listing everything missing, unexpected, mis-shaped, filled twice or not of floats, and which variant it
+      UserError: listing everything missing, unexpected, mis-shaped, filled twice or not of floats, and which model it
         is instead.
     """
     placement = place(checkpoint.shapes, rules)
-    given = {target: placement.shape(target, checkpoint.shapes) for target in placement.origins}
+    given = placed_shapes(placement, checkpoint.shapes)
     missing = [name for name in wanted if name not in given]
     beyond = [name for name in given if name not in wanted]
     unexpected = dict.fromkeys([*placement.unmatched, *(placement.origins[name][0].key for name in beyond)])
+    origin = {name: origins[0] for name, origins in placement.origins.items()}
+    no_float = lambda key: not re.fullmatch(r"b?f(loat)?\d+", checkpoint.dtypes[key].lower())
     faults = {
-        "missing": [f"{name:<48} {nearest(name, unexpected)}" for name in missing],
-        "unexpected": [
-            *(f"{key:<48} {nearest(key, wanted)}" for key in placement.unmatched),
-            *(f"{placement.origins[name][0].key:<48} would be {name}, which {model} lacks" for name in beyond),
-        ],
-        "no floats": [
-            f"{origins[0].key:<48} {checkpoint.dtypes[origins[0].key]}; dequantise it first"
-            for origins in placement.origins.values()
-            if not re.fullmatch(r"b?f(loat)?\d+", checkpoint.dtypes[origins[0].key].lower())
-        ],
-        "mis-shaped": [
-            f"{name:<48} {given[name] or 'impossible'} from {(key := placement.origins[name][0].key)} "
-            f"{checkpoint.shapes[key]}, not {shape}"
-            for name, shape in wanted.items()
-            if name in given and given[name] != shape
-        ],
-        "filled twice": [
-            f"{name:<48} by {', '.join(origin.key for origin in origins)}"
-            for name, origins in placement.origins.items()
-            if len(origins) > 1
-        ],
+        "missing": _told(missing, lambda name: f"{name:<48} {nearest(name, unexpected)}"),
+        "unexpected": _told(
+            [*placement.unmatched, *beyond],
+            lambda name: (
+                f"{origin[name].key:<48} would be {name}, which {model} lacks"
+                if name in given
+                else f"{name:<48} {nearest(name, wanted)}"
+            ),
+        ),
+        "no floats": _told(
+            [origin[name].key for name in given if no_float(origin[name].key)],
+            lambda key: f"{key:<48} {checkpoint.dtypes[key]}; dequantise it first",
+        ),
+        "mis-shaped": _told(
+            [name for name, shape in wanted.items() if name in given and given[name] != shape],
+            lambda name: (
+                f"{name:<48} {given[name] or 'impossible'} from {origin[name].key} "
+                f"{checkpoint.shapes[origin[name].key]}, not {wanted[name]}"
+            ),
+        ),
+        "filled twice": _told(
+            [name for name, origins in placement.origins.items() if len(origins) > 1],
+            lambda name: f"{name:<48} by {', '.join(origin.key for origin in placement.origins[name])}",
+        ),
     }
     if any(faults.values()):
-        lines = _recognised(given, wanted, relatives(), model)
-        lines += [f"{kind:<13}{line}" for kind, found in faults.items() for line in _shortened(found)]
+        lines = _recognised(likeness(given, wanted), relatives(), model)
+        lines += [f"its config.json says model_type {kind!r}" for kind in [checkpoint.config.get("model_type")] if kind]
+        lines += [f"{kind:<13}{line}" for kind, told in faults.items() for line in told]
         raise UserError(f"{checkpoint.path}: these weights do not make a {model}:\n  " + "\n  ".join(lines))
-    return {name: placement.origins[name][0] for name in wanted}
+    return {name: origin[name] for name in wanted}
 
 
 def converted(checkpoint: Checkpoint, plan: Mapping[str, Origin]) -> Iterator[np.ndarray]:
@@ -201,15 +218,15 @@ def _unit(array: np.ndarray, axis: int) -> np.ndarray:
     return np.squeeze(array, axis)  # ValueError where the axis is longer than one
 
 
-def _recognised(
-    given: Mapping[str, Shape | None], wanted: Shapes, known: Mapping[str, Shapes], model: str
-) -> list[str]:
+def _recognised(own: float, others: Mapping[str, float], model: str) -> list[str]:
     """The model that the weights would fit better, if there is one."""
-    alike = lambda shapes: len(given.items() & shapes.items()) / max(len(given.keys() | shapes.keys()), 1)
-    best = max(known, key=lambda name: alike(known[name]), default=model)
-    found = best != model and alike(known[best]) > max(alike(wanted), 0.5)
+    best = max(others, key=lambda name: others[name], default=model)
+    found = best != model and others[best] > max(own, 0.5)
     return [f"by its shapes this is a {best}; you asked for {model}"] if found else []
 
 
-def _shortened(lines: list[str], limit: int = 12) -> list[str]:
-    return lines[:limit] + ([f"... and {len(lines) - limit} more"] if len(lines) > limit else [])
+def _told(names: Sequence[str], line: Callable[[str], str], limit: int = 12) -> list[str]:
+    """A line for each of the first names; only of those, since looking for what is nearest takes its time."""
+    return [line(name) for name in names[:limit]] + (
+        [f"... and {len(names) - limit} more"] if len(names) > limit else []
+    )

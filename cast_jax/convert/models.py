@@ -1,70 +1,82 @@
-"""What can be converted: the encoders, with or without their DPT neck, under the names that the student gives them."""
+"""What can be converted, by name: encoders with or without their DPT neck, and whole models.
+
+Models of one configuration class are a family. A module of this package says what is particular to it
+(:class:`Family`); everything else treats all families alike. A new one needs such a module, a line in ``FAMILIES`` and
+its names in ``MODELS``.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
 
-from cast_jax.convert import dpt as dpt_keys
-from cast_jax.convert.engine import Rule, Shapes, place
-from cast_jax.convert.networks import NETWORKS, Network
+from cast_jax.convert import encoders
+from cast_jax.convert.encoders import PretrainedConfig
+from cast_jax.convert.engine import Rule, Shapes, likeness, place, placed_shapes
 from cast_jax.convert.sources import Checkpoint
-from cast_jax.core.config import build, check_ranges
+from cast_jax.core.config import build
 from cast_jax.core.errors import UserError
 from cast_jax.core.rules import named_leaves
 from cast_jax.models.dinov2 import DinoV2Config, dinov2_b, dinov2_l, dinov2_s
-from cast_jax.models.dpt import Dpt, DptConfig
+from cast_jax.models.dpt import DptConfig
 from cast_jax.models.functional import Functional
-from cast_jax.models.parts import ENCODERS, MODULES, EncoderConfig
+from cast_jax.models.parts import ENCODERS
+
+Config = TypeVar("Config")
 
 
-@dataclasses.dataclass(frozen=True)
-class PretrainedConfig:
-    """An encoder, and the neck that was trained with it, fed by the maps after ``encoder_layers`` (0-based)."""
-
-    encoder: EncoderConfig
-    decoder: DptConfig | None = None
-    encoder_layers: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_ranges(self, encoder_layers=f"[0, {self.encoder.depth})")
-        if self.decoder and (len(self.encoder_layers) != 4 or list(self.encoder_layers) != sorted(self.encoder_layers)):
-            raise UserError(f"encoder_layers {self.encoder_layers} must be four maps, shallow to deep")
+class Family(Protocol):
+    """What a module of this package says of the models of one configuration class."""
 
     @property
-    def network(self) -> Network:
-        """What is known of the encoder's files."""
-        return NETWORKS[type(self.encoder)]
+    def TOLERANCES(self) -> Mapping[str, float]:  # noqa: N802 (a module's constant)
+        """Largest absolute error in float32 by the first part of a result's name (see ``verify.verify``)."""
 
-    @property
-    def rules(self) -> tuple[Rule, ...]:
-        """Source keys to parameters; what is left out is ignored by name."""
-        return (*self.network.RULES, *(dpt_keys.RULES if self.decoder else self.network.HEADS))
+    def module(self, config: Any, *, rngs: nnx.Rngs) -> nnx.Module:
+        """The network, whose call on ``inputs`` returns all intermediate results that are compared, by name."""
+
+    def rules(self, config: Any) -> tuple[Rule, ...]:
+        """Source keys of every published layout to parameters; what is left out is ignored by name."""
+
+    def prepared(self, checkpoint: Checkpoint, config: Any) -> Checkpoint:
+        """The file as the rules want it."""
+
+    def found(self, shapes: Mapping[str, tuple[int, ...]], config: Any) -> dict[str, Any]:
+        """Fields of the configuration, nested, that the file itself decides."""
+
+    def facts(self, given: Mapping[str, Any], config: Any) -> dict[str, tuple[Any, Any]]:
+        """What no tensor's shape shows: (theirs, ours) by name, theirs from a Hugging Face ``config.json``."""
+
+    def layout(self, keys: Iterable[str], config: Any) -> str:
+        """``hugging_face``, or the name of the other layout."""
+
+    def width(self, config: Any) -> int:
+        """The length that some vector (bias, norm) of such a model has, and few of its siblings' have."""
+
+    def comparable(self, config: Any) -> Any:
+        """The configuration that computes what the reference does, where conventions differ."""
+
+    def inputs(self, config: Any, patches: tuple[int, int] | None) -> tuple[np.ndarray, ...]:
+        """Random inputs, of images with ``patches`` (rows, columns) patches (None: a few)."""
+
+    def reference(self, config: Any) -> Any:
+        """Hugging Face's PyTorch module of the same sizes; needs torch and transformers."""
+
+    def reference_stages(self, model: Any, config: Any, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+        """PyTorch's intermediate results, named and laid out as those of ``module``."""
 
 
-class Pretrained(nnx.Module):
-    """The parts of a student that published weights fill, under the student's names."""
+FAMILIES: dict[type, Family] = {PretrainedConfig: encoders}
 
-    def __init__(self, config: PretrainedConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.encoder = MODULES[type(config.encoder)](config.encoder, rngs=rngs)
-        if config.decoder:
-            self.decoder = Dpt(config.encoder.map_widths[0], config.decoder, rngs=rngs)
 
-    def __call__(
-        self, images: Float[Array, "batch height width 3"], *, rngs: nnx.Rngs | None = None
-    ) -> dict[str, Array]:
-        """Every intermediate result by name: the encoder's, and the neck's fused maps."""
-        stages = {f"encoder/{name}": value for name, value in self.encoder.intermediates(images).items()}
-        if self.config.decoder:
-            finest, coarser = self.decoder(self.encoder(images, layers=self.config.encoder_layers))
-            stages |= {f"decoder/fusion/{n}": level for n, level in enumerate([*coarser, finest])}
-        return stages
+def family_of(config: Any) -> Family:
+    """The family of a configuration."""
+    return FAMILIES[type(config)]
 
 
 def _dpt(encoder: DinoV2Config, features: int, out_channels: Sequence[int], layers: Sequence[int]) -> PretrainedConfig:
@@ -81,7 +93,7 @@ def _dinov2_g() -> DinoV2Config:
 
 
 # The necks' sizes and layers are those of Depth-Anything-V2 and UniMatch-V2.
-MODELS: dict[str, Callable[[], PretrainedConfig]] = {
+MODELS: dict[str, Callable[[], Any]] = {
     **{name: functools.partial(_encoder, name) for name in ENCODERS},
     "dinov2_g": lambda: PretrainedConfig(_dinov2_g()),
     "dinov2_dpt_s": lambda: _dpt(dinov2_s(), 64, (48, 96, 192, 384), (2, 5, 8, 11)),
@@ -90,28 +102,8 @@ MODELS: dict[str, Callable[[], PretrainedConfig]] = {
 }
 
 
-def pretrained_config(name: str, checkpoint: Checkpoint, changes: Mapping[str, Any] | None = None) -> PretrainedConfig:
-    """The sizes of ``name`` with ``changes`` ({"encoder": {"depth": 3}}), and what the file itself decides.
-
-    That is, for example, the number of registers and, by the file's origin, how a position embedding is resized.
-
-    Raises:
-      UserError: an unknown name, part or field; sizes that cannot be.
-    """
-    named, changes = known_model(name), dict(changes or {})
-    for part in ("encoder", "decoder"):
-        if part in changes and not (isinstance(changes[part], Mapping) and getattr(named, part)):
-            absent = f"{name} has no {part}" if not getattr(named, part) else f"give its fields, --config={part}.…=…"
-            raise UserError(f"--config {part}={changes[part]}: {absent}")
-    encoder = {**vars(named.encoder), **named.network.found(checkpoint.shapes), **changes.pop("encoder", {})}
-    parts: dict[str, Any] = {"encoder": build(type(named.encoder), encoder, "--config encoder")}
-    if named.decoder and "decoder" in changes:
-        parts["decoder"] = build(DptConfig, {**vars(named.decoder), **changes.pop("decoder")}, "--config decoder")
-    return build(PretrainedConfig, {**vars(named), **changes, **parts}, "--config")
-
-
-def known_model(name: str) -> PretrainedConfig:
-    """The sizes of ``name``.
+def known_model(name: str) -> Any:
+    """The configuration of ``name``.
 
     Raises:
       UserError: listing the known names.
@@ -121,34 +113,70 @@ def known_model(name: str) -> PretrainedConfig:
     return MODELS[name]()
 
 
-def parameter_shapes(config: PretrainedConfig) -> Shapes:
+def model_config(name: str, decided: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Any:
+    """The configuration of ``name`` with what the file has ``decided`` and ``changes`` ({"encoder": {"depth": 3}}).
+
+    Raises:
+      UserError: an unknown name, part or field; sizes that cannot be.
+    """
+    return _changed(known_model(name), (decided, changes or {}), name, ())
+
+
+def described_config(described: Mapping[str, Any]) -> Any:
+    """The configuration of converted weights, from the ``config.json`` beside them (``export.load_weights``).
+
+    Raises:
+      UserError: it describes no converted weights of a model that is known here.
+    """
+    name = described.get("converted", {}).get("name")
+    return _changed(known_model(name), (described.get("model", {}),), name, ())
+
+
+def _changed(config: Config, layers: Sequence[Mapping[str, Any]], name: str, path: tuple[str, ...]) -> Config:
+    """``config`` with the nested ``layers`` of values, of which the last that has a value wins."""
+    values = dict(vars(config))
+    for layer in layers:
+        values |= layer
+    for key, part in vars(config).items():
+        given = [layer[key] for layer in layers if key in layer]
+        if given and part is None and isinstance(given[-1], Mapping):
+            raise UserError(f"--config {key}={given[-1]}: {name} has no {key}")
+        if given and dataclasses.is_dataclass(part):
+            where = ".".join((*path, key))
+            if not all(isinstance(value, Mapping) for value in given):
+                raise UserError(f"--config {where}={given[-1]}: give its fields, --config={where}.…=…")
+            values[key] = _changed(part, given, name, (*path, key))
+    return build(type(config), values, " ".join(("--config", ".".join(path))).rstrip())
+
+
+def parameter_shapes(config: Any) -> Shapes:
     """The shape of every parameter by name, without allocating any."""
-    abstract = Functional(lambda rngs: Pretrained(config, rngs=rngs)).abstract()
+    abstract = Functional(lambda rngs: family_of(config).module(config, rngs=rngs)).abstract()
     return {name: tuple(leaf.shape) for name, leaf in named_leaves(abstract).items()}
 
 
-def relatives(name: str, checkpoint: Checkpoint) -> dict[str, Shapes]:
-    """The parameters of the other models that the file could be, among which a wrong variant is recognised.
+def relatives(name: str, checkpoint: Checkpoint) -> dict[str, float]:
+    """How much the file is like each of the other models that it could be, those of the same family first.
 
-    Describing one takes seconds: only those are whose keys the file has, in the width of their first map.
+    Describing a model takes seconds: only those are whose keys the file has, in the model's ``width``.
     """
-    found = {}
-    for other, make in MODELS.items():
-        config = make()
-        if other != name and config.encoder.map_widths[0] in _widths(config, checkpoint):
-            encoder = dataclasses.replace(config.encoder, **config.network.found(checkpoint.shapes))
-            found[other] = parameter_shapes(dataclasses.replace(config, encoder=encoder))
-    return found
+    alike = {}
+    family = family_of(known_model(name))
+    for other in sorted(MODELS, key=lambda other: family_of(known_model(other)) is not family):
+        config = known_model(other)
+        its = family_of(config)
+        try:
+            file = its.prepared(checkpoint, config)
+        except UserError:  # broken in a way that says nothing of its size
+            continue
+        given = placed_shapes(place(file.shapes, its.rules(config)), file.shapes)
+        if other != name and (its.width(config),) in given.values():
+            config = model_config(other, its.found(file.shapes, config))
+            alike[other] = likeness(given, parameter_shapes(config))
+    return alike
 
 
-def _widths(config: PretrainedConfig, checkpoint: Checkpoint) -> set[int]:
-    """The lengths of the file's vectors (biases, norms) under the names that the model gives them."""
-    placement = place(checkpoint.shapes, config.rules)
-    shapes = [placement.shape(target, checkpoint.shapes) for target in placement.origins]
-    return {shape[0] for shape in shapes if shape is not None and len(shape) == 1}
-
-
-def check_facts(config: PretrainedConfig, checkpoint: Checkpoint) -> None:
+def check_facts(config: Any, checkpoint: Checkpoint) -> None:
     """Holds what no tensor's shape shows against the folder's ``config.json``; absent keys are at their defaults.
 
     Raises:
@@ -157,10 +185,7 @@ def check_facts(config: PretrainedConfig, checkpoint: Checkpoint) -> None:
     if not checkpoint.config:
         return
     try:
-        facts = config.network.facts(checkpoint.config, config.encoder)
-        indices = (checkpoint.config.get("backbone_config") or checkpoint.config).get("out_indices")
-        if config.decoder and indices:
-            facts["out_indices"] = list(indices), [layer + 1 for layer in config.encoder_layers]
+        facts = family_of(config).facts(checkpoint.config, config)
     except (AttributeError, TypeError) as error:
         raise UserError(f"{checkpoint.path}: its config.json is not as Hugging Face writes it: {error}") from error
     faults = [f"{key} is {theirs!r}, not {ours!r}" for key, (theirs, ours) in facts.items() if theirs != ours]

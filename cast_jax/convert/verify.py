@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from cast_jax.convert import dpt
 from cast_jax.convert.engine import Origin, place, plan
-from cast_jax.convert.models import Pretrained, PretrainedConfig, parameter_shapes
+from cast_jax.convert.models import family_of, parameter_shapes
 from cast_jax.convert.sources import Checkpoint, open_checkpoint
 from cast_jax.core.errors import UserError
 from cast_jax.export import load_weights
-from cast_jax.models.dinov2 import DinoV2Config
 from cast_jax.models.functional import Functional
 
-# Largest absolute error in float32 (design/porting.md), for values whose standard deviation is at most one; of larger
-# ones (unnormalised maps), times that, since rounding errors grow with the values.
-TOLERANCES = {"encoder": 5e-5, "decoder": 5e-4}
-# The compared images, in patches: not square, not the grid of a position embedding, no multiple of a window.
-PATCHES = {False: (7, 10), True: (3, 5)}  # of a plain ViT, of a pyramid, whose patches are larger
 _DESCRIBED = "does its config.json describe these weights?"
 
 
@@ -42,14 +34,14 @@ class Stage:
         return self.absolute <= self.tolerance  # False for NaN
 
 
-def verify(
-    config: PretrainedConfig, source: Path, weights: Path, patches: tuple[int, int] | None = None
-) -> list[Stage]:
-    """Runs both models on the same random image of ``patches`` (rows, columns) patches; ``PATCHES`` if None.
+def verify(config: Any, source: Path, weights: Path, patches: tuple[int, int] | None = None) -> list[Stage]:
+    """Runs both models on the same random inputs, images of ``patches`` (rows, columns) patches; a few if None.
 
-    A Hugging Face folder of the encoder alone is opened by ``from_pretrained``; other files fill the same modules by
-    name, in PyTorch's own layouts. DINOv2's positions are resized as Hugging Face does, since that is what the
-    reference computes; the official convention has its own test.
+    A Hugging Face folder of the same model is opened by ``from_pretrained``; other files fill the same modules by name,
+    in PyTorch's own layouts. Where conventions differ, ours follows the reference (``Family.comparable``).
+
+    The family's tolerances are for values whose standard deviation is at most one; of larger ones (unnormalised maps),
+    times that, since rounding errors grow with the values.
 
     Raises:
       UserError: torch is not installed, or the files cannot be read.
@@ -57,26 +49,23 @@ def verify(
     check_installed()
     import torch
 
-    if isinstance(config.encoder, DinoV2Config):
-        config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, position_offset=0.0))
-    rows, columns = patches or PATCHES[config.encoder.pyramid]
-    side = config.encoder.patch_size
-    images = np.random.default_rng(0).normal(size=(1, rows * side, columns * side, 3)).astype(np.float32)
+    family = family_of(config)
+    config = family.comparable(config)
+    inputs = family.inputs(config, patches)
     try:
         with torch.no_grad():
-            model = _reference(config, source)
-            expected = _reference_stages(model, config, torch.from_numpy(images).permute(0, 3, 1, 2))
+            expected = family.reference_stages(_reference(config, source), config, inputs)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{source}: Hugging Face's model cannot use it ({reason}); {_DESCRIBED}") from error
     params, _, _ = load_weights(weights)
-    ours = Functional(lambda rngs: Pretrained(config, rngs=rngs))
+    ours = Functional(lambda rngs: family.module(config, rngs=rngs))
     with jax.default_matmul_precision("highest"):
-        computed = jax.jit(ours.apply)(params, images)
+        computed = jax.jit(ours.apply)(params, *inputs)
     if expected.keys() != computed.keys():
         raise UserError(f"{source}: Hugging Face's model has {len(expected)} stages, not {len(computed)}; {_DESCRIBED}")
     return [
-        _compare(name, np.asarray(computed[name]), value, TOLERANCES[name.partition("/")[0]])
+        _compare(name, np.asarray(computed[name]), value, family.TOLERANCES[name.partition("/")[0]])
         for name, value in expected.items()
     ]
 
@@ -106,35 +95,36 @@ def _compare(name: str, computed: np.ndarray, expected: np.ndarray, tolerance: f
     return Stage(name, error, error / max(float(np.abs(expected).max()), 1e-12), tolerance)
 
 
-def _reference(config: PretrainedConfig, source: Path) -> Any:
+def _reference(config: Any, source: Path) -> Any:
     """The PyTorch model with the checkpoint's weights."""
     import torch
 
-    checkpoint, network = open_checkpoint(source), config.network
-    if config.decoder and isinstance(config.encoder, DinoV2Config):
-        model = dpt.reference(config.encoder, config.decoder, config.encoder_layers)
-    else:
-        model = network.reference(config.encoder)
-    if source.is_dir() and checkpoint.config.get("model_type") == model.config.model_type:
-        return type(model).from_pretrained(source, dtype=torch.float32).eval()
+    checkpoint, family = open_checkpoint(source), family_of(config)
+    with torch.device("meta"):
+        described = family.reference(config)
+    if source.is_dir() and checkpoint.config.get("model_type") == described.config.model_type:
+        return type(described).from_pretrained(source, dtype=torch.float32).eval()
+    model = family.reference(config)
     _fill(model, checkpoint, config)
     return model.eval()
 
 
-def _fill(model: Any, checkpoint: Checkpoint, config: PretrainedConfig) -> None:
+def _fill(model: Any, checkpoint: Checkpoint, config: Any) -> None:
     """Copies the checkpoint's tensors to the keys of ``model`` for the same parameters, layouts untouched."""
     import torch
 
-    origins = plan(config.network.prepared(checkpoint), config.rules, parameter_shapes(config), "model")
+    family = family_of(config)
+    prepared, rules = family.prepared(checkpoint, config), family.rules(config)
+    origins = plan(prepared, rules, parameter_shapes(config), "model")
     with torch.no_grad():
         for key, parameter in model.state_dict().items():
             name, _, member = key.rpartition(".")
             if f"{name}.running_var" in model.state_dict():  # a batch norm, which ours has folded: found by its name
-                folded = next(iter(place([f"{name}.scale"], config.rules).origins))
+                folded = next(iter(place([f"{name}.scale"], rules).origins))
                 theirs = f"{origins[folded].key.removesuffix('.scale')}.{member}"
                 values = checkpoint.read(theirs) if theirs in checkpoint.shapes else np.zeros(parameter.shape)
             else:
-                parts = [_tensor(checkpoint, origins[target]) for target in place([key], config.rules).origins]
+                parts = [_tensor(prepared, origins[target]) for target in place([key], rules).origins]
                 if not parts:  # what is ignored
                     continue
                 values = np.concatenate(parts)
@@ -143,14 +133,3 @@ def _fill(model: Any, checkpoint: Checkpoint, config: PretrainedConfig) -> None:
 
 def _tensor(checkpoint: Checkpoint, origin: Origin) -> np.ndarray:
     return origin.slice(checkpoint.read(origin.key))
-
-
-def _reference_stages(model: Any, config: PretrainedConfig, images: Any) -> Mapping[str, np.ndarray]:
-    encoder = config.network.reference_stages(getattr(model, "backbone", model) if config.decoder else model, images)
-    stages = {f"encoder/{name}": value for name, value in encoder.items()}
-    if config.decoder:
-        tokens = [encoder[f"blocks/{layer}"] for layer in config.encoder_layers]
-        patch = config.encoder.patch_size
-        fused = dpt.reference_stages(model, tokens, (images.shape[2] // patch, images.shape[3] // patch))
-        stages |= {f"decoder/{name}": value for name, value in fused.items()}
-    return stages

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from cast_jax.convert.command import convert, main, parse_changes
 from cast_jax.convert.dinov2 import RULES
 from cast_jax.convert.engine import place
-from cast_jax.convert.models import MODELS, parameter_shapes
+from cast_jax.convert.models import MODELS, described_config, parameter_shapes
 from cast_jax.convert.verify import verify
 from cast_jax.core.errors import UserError
 from cast_jax.core.files import read_json
@@ -40,7 +40,9 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_checkpoint.py"
 
 def check(model: str, source: Path, destination: Path, changes) -> dict[str, float]:
     """Converts and verifies; the largest error of each part."""
-    stages = verify(convert(model, source, destination, changes), source, destination / "model.safetensors")
+    config = convert(model, source, destination, changes)
+    assert described_config(load_weights(destination / "model.safetensors")[1]) == config
+    stages = verify(config, source, destination / "model.safetensors")
     assert [stage.name for stage in stages if not stage.passed] == []
     assert all(stage.relative < 1e-5 for stage in stages)
     assert all(stage.absolute > 0 or stage.name == "encoder/embedding" for stage in stages)  # two computations
@@ -306,6 +308,22 @@ def test_a_description_that_is_not_of_the_weights_is_named(tmp_path):
     (source / "config.json").write_text(json.dumps(described | {"num_attention_heads": 3}))
     with pytest.raises(UserError, match="num_attention_heads is 3, not 2"):  # the only file of the folder, by its name
         convert("dinov2_s", source / "model.safetensors", tmp_path / "out", encoder_changes())
+
+
+def test_another_model_is_named(tmp_path):
+    """By what its own config.json says, and by the rules of the model that it is."""
+    import transformers
+
+    sizes = {"embedding_size": 64, "hidden_sizes": [256, 512, 1024, 2048], "depths": [3, 4, 6, 3]}
+    transformers.ResNetModel(transformers.ResNetConfig(**sizes)).save_pretrained(tmp_path / "source")
+    with pytest.raises(UserError, match="by its shapes this is a resnet50; you asked for dinov2_s") as caught:
+        convert("dinov2_s", tmp_path / "source", tmp_path / "destination")
+    assert "its config.json says model_type 'resnet'" in str(caught.value)
+
+
+def test_only_what_was_converted_is_described():
+    with pytest.raises(UserError, match="model None is unknown"):
+        described_config({"model": {"name": "student_tiny"}})
 
 
 def test_changes_are_parsed():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from cast_jax.convert.engine import LAYOUTS, Rule, affine, converted, ignore, plan, write_tensors
+from cast_jax.convert.engine import LAYOUTS, Rule, affine, converted, ignore, likeness, plan, write_tensors
 from cast_jax.convert.sources import Checkpoint
 from cast_jax.core.errors import UserError
 
@@ -86,8 +86,11 @@ def test_each_fault_alone(change, message):
 def test_long_lists_are_shortened_and_variants_recognised():
     small, large = ({f"layers/{n}/fc/bias": (width,) for n in range(9)} for width in (2, 3))
     source = checkpoint({**{f"layers.{n}.fc.bias": (3,) for n in range(9)}, **{f"x{n}": (1,) for n in range(20)}})
+    given = large | {"stem": None}
+    others = {name: likeness(given, shapes) for name, shapes in (("large", large), ("other", WANTED))}
+    assert others == {"large": 9 / 10, "other": 0.0}
     with pytest.raises(UserError, match=r"by its shapes this is a large; you asked for small(?s:.*)and 8 more"):
-        plan(source, RULES, small, "small", lambda: {"large": large, "other": WANTED})
+        plan(source, RULES, small, "small", lambda: others)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -11,9 +11,8 @@ import time
 import pytest
 import torch
 
-from cast_jax.convert import dpt
 from cast_jax.convert.command import convert
-from cast_jax.convert.models import MODELS
+from cast_jax.convert.models import MODELS, family_of
 from cast_jax.convert.verify import verify
 
 # Rows and columns of patches: not square, and for a plain ViT around the 37 x 37 of its position embedding.
@@ -43,12 +42,7 @@ def scaled(model: torch.nn.Module) -> torch.nn.Module:
 def test_published_sizes(tmp_path, name):
     started = time.monotonic()
     config = MODELS[name]()
-    if config.decoder:
-        model = dpt.reference(config.encoder, config.decoder, config.encoder_layers)
-    else:
-        model = config.network.reference(config.encoder)
-    scaled(model).save_pretrained(tmp_path / "source")
-    del model
+    scaled(family_of(config).reference(config)).save_pretrained(tmp_path / "source")
     config = convert(name, tmp_path / "source", tmp_path / "destination")
     patches = SIZES[config.encoder.pyramid]
     stages = verify(config, tmp_path / "source", tmp_path / "destination" / "model.safetensors", patches)
