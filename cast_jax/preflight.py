@@ -21,6 +21,7 @@ from cast_jax.data.datasets import Datasets
 from cast_jax.export import load_shapes, merge_weights
 from cast_jax.models.functional import Params
 from cast_jax.models.registry import check_image_size, segmenter_config
+from cast_jax.models.student import StudentConfig
 from cast_jax.settings import RunConfig
 from cast_jax.trainer import finished
 

@@ -6,7 +6,18 @@ Values marked (chosen) are ours where the paper is silent; the others are its ta
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import placeholder
 
-STEPS = ("cast", "pretrain", "finetune", "pseudo_label", "adapt", "distill", "refine", "student_supervised", "evaluate", "zero_shot")
+STEPS = (
+    "cast",
+    "pretrain",
+    "finetune",
+    "pseudo_label",
+    "adapt",
+    "distill",
+    "refine",
+    "student_supervised",
+    "evaluate",
+    "zero_shot",
+)
 PIPELINE = (
     "finetune",
     "pseudo_label/finetuned",

@@ -38,8 +38,8 @@ class GroundedSam2Config:
       synonyms: phrases that stand for a class instead of its name, ``{"person": ["pedestrian", "person"]}``.
     """
 
-    detector: GroundingDinoConfig = dataclasses.field(default_factory=GroundingDinoConfig)
-    segmenter: Sam2Config = dataclasses.field(default_factory=lambda: Sam2Config())
+    detector: GroundingDinoConfig
+    segmenter: Sam2Config
     num_queries: int = 100
     detector_size: tuple[int, ...] = ()
     segmenter_size: tuple[int, ...] = ()
