@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,14 @@ from cast_jax.predict import Predictor
 from cast_jax.preflight import (
     EVALUATED,
     TEACHERS,
+    Start,
     as_converted,
     check_images,
     check_order,
     check_parameters,
     check_settings,
     evaluated,
+    initial_weights,
     require_same,
     result,
     starting_weights,
@@ -139,6 +142,8 @@ class Pipeline:
         if name.startswith("pseudo_label"):
             by_teacher = {step: which for which, step in TEACHERS.items()}
             self.pseudo_label(name.partition("/")[2] or by_teacher[self._latest(by_teacher)])
+        elif name == "zero_shot":
+            self.zero_shot()
         elif name == "evaluate":
             self.evaluate(self._latest(evaluated(self.config)))
         else:
@@ -156,15 +161,15 @@ class Pipeline:
         if finished(folder) and result(self.workdir, name).exists():
             logger.info("%s: finished already", name)
             return
-        _, start, parts = starting_weights(self.config, name, self.workdir)
+        starts = starting_weights(self.config, name, self.workdir)
         labelled = self.datasets.pretrain if step.source == "pretrain" else self.datasets.labelled
         recipe = self.config.recipe(name, self.categories)
         parameters = count_parameters(recipe.segmenter.abstract()) / 1e6
-        origin = f"{start} ({', '.join(parts) or 'everything'})" if start else "random weights"
+        origin = ", ".join(map(str, starts)) or "random weights"
         logger.info(
             "%s: %s, %.2f M parameters, from %s", name, self.config.model[step.model]["name"], parameters, origin
         )
-        if start is None and parameters > MANY_PARAMETERS:
+        if not starts and parameters > MANY_PARAMETERS:
             logger.warning(
                 "%s: so large a model learns little from few images without pretrained weights: convert some "
                 "(cast-convert) and give their folder as --config.init.%s=…",
@@ -179,18 +184,17 @@ class Pipeline:
                 folder=folder,
                 loader=loader,
                 frozen={},
-                init_params=functools.partial(self._initial_params, recipe, start, parts),
+                init_params=functools.partial(self._initial_params, recipe, starts),
                 evaluate=lambda params: self._evaluate(predictor, params["segmenter"], folder),
                 export=lambda params, which: self._export(params["segmenter"], step.model, folder, which),
             )
 
-    def _initial_params(self, recipe: SemiSupervised, start: Path | None, parts: Sequence[str]) -> Params:
+    def _initial_params(self, recipe: SemiSupervised, starts: Sequence[Start]) -> Params:
         # XLA:CPU would spend most of a minute optimising a program that runs once.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         params = jax.jit(recipe.init, compiler_options=options)(jax.random.key(self.config.seed))
-        if start is not None:
-            loaded, _, _ = load_weights(start)
-            params["segmenter"] = merge_weights(params["segmenter"], loaded, parts, str(start))
+        for start in starts:
+            params["segmenter"] = start.merged_into(params["segmenter"], load_weights(start.path)[0])
         return params
 
     def _unlabelled(self, name: str) -> Source:
@@ -220,7 +224,7 @@ class Pipeline:
     def _trained(self, name: str) -> tuple[Predictor, Params]:
         path = result(self.workdir, name)
         params, _, _ = load_weights(path)
-        segmenter = self.config.segmenter(self.config.steps[name].model, len(self.categories))
+        segmenter = self.config.segmenter(self.config.steps[name].model, self.categories)
         return self._predictor(segmenter), merge_weights(segmenter.abstract(), params, (), str(path))
 
     def _evaluate(self, predictor: Predictor, params: Params, folder: Path) -> dict[str, float]:
@@ -243,6 +247,24 @@ class Pipeline:
         predictor, params = self._trained(name)
         values = self._evaluate(predictor, params, self.workdir / name)
         logger.info("%s: %s", name, "  ".join(f"{key} {value:.2f}" for key, value in values.items()))
+
+    def zero_shot(self) -> None:
+        """Evaluates the teacher as ``config.init`` gives it, without any training; does nothing if that is done."""
+        folder = self.workdir / "zero_shot"
+        if finished(folder):
+            logger.info("zero_shot: finished already")
+            return
+        segmenter = self.config.segmenter("teacher", self.categories)
+        params = segmenter.abstract()
+        for start in initial_weights(self.config, "teacher"):
+            params = start.merged_into(params, load_weights(start.path)[0])
+        begin = time.monotonic()
+        metrics = self._evaluate(self._predictor(segmenter), params, folder)
+        seconds = time.monotonic() - begin
+        logger.info("zero_shot: %s", "  ".join(f"{key} {value:.2f}" for key, value in metrics.items()))
+        done = {"step": 0, "metrics": {f"evaluation/{key}": value for key, value in metrics.items()}}
+        rate = len(self.datasets.val) / seconds
+        write_json(folder / "done.json", done | {"seconds": seconds, "images_per_second": rate})
 
     def pseudo_label(self, which: str) -> None:
         """Labels the unlabelled pool with the finetuned or adapted teacher, shard by shard."""
@@ -291,7 +313,7 @@ class Pipeline:
     def summarise(self) -> dict[str, Any]:
         """Writes ``summary.json`` and ``report.html``, copies the final evaluation up, and logs the table."""
         steps = {}
-        order = [name for name in self.config.pipeline if name in self.config.steps]
+        order = ["zero_shot", *(name for name in self.config.pipeline if name in self.config.steps)]
         for name in order:
             done = finished(self.workdir / name)
             if done is not None:

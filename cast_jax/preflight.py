@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -88,7 +87,7 @@ def check_settings(run: RunConfig, mesh: Mesh) -> None:
     for role, spec in run.model.items():
         model = segmenter_config(spec, f"config.model.{role}")
         check_image_size(model, run.data.image_size)
-        if (queries := _queries(model, run.data.image_size)) < run.data.max_instances:
+        if (queries := model.queries(run.data.image_size)) < run.data.max_instances:
             raise UserError(
                 f"config.model.{role} has {queries} queries, fewer than "
                 f"config.data.max_instances={run.data.max_instances}"
@@ -103,7 +102,7 @@ def _check_names(run: RunConfig) -> None:
     steps = tuple(run.steps)
     teachers = tuple(which for which, step in TEACHERS.items() if step in steps)
     labelling = ("pseudo_label", *(f"pseudo_label/{which}" for which in teachers)) if teachers else ()
-    runnable = (*steps, *labelling, "evaluate")
+    runnable = (*steps, *labelling, "evaluate", *(("zero_shot",) if "teacher" in run.model else ()))
     choices: list[tuple[str, Any, tuple[Any, ...]]] = [("config.step", run.step, ("cast", *runnable))]
     choices += [("config.pipeline", name, runnable) for name in run.pipeline]
     choices += [("config.evaluate.step", run.evaluate.step, ("", *steps))]
@@ -118,9 +117,9 @@ def _check_names(run: RunConfig) -> None:
     for key, value, known in choices:
         if value not in known:
             raise UserError(f"{key} {value!r} is unknown; known: {', '.join(filter(None, known))}")
-    for role, given in run.init.items():
-        if given and not weights_file(given).exists():
-            raise UserError(f"config.init.{role}: no weights at {weights_file(given)}")
+    for role, part, given in _initial_files(run):
+        if not weights_file(given).exists():
+            raise UserError(f"config.init.{'.'.join(filter(None, (role, part)))}: no weights at {weights_file(given)}")
 
 
 def _check_step(run: RunConfig, name: str, mesh: Mesh) -> None:
@@ -137,16 +136,9 @@ def _check_step(run: RunConfig, name: str, mesh: Mesh) -> None:
         )
     if objective.supervised_weight and not loader.batch_labelled:
         raise UserError("objective.supervised_weight is on, which needs data.batch_labelled of at least 1")
-    side = round(min(run.data.image_size) * model.pixel_map_scale)
+    side = min(model.pixel_map(run.data.image_size))
     if objective.contrastive_weight and objective.contrastive_stride > side:
         raise UserError(f"objective.contrastive_stride is {objective.contrastive_stride}; it must lie in [1, {side}]")
-
-
-def _queries(model: StudentConfig, image_size: tuple[int, int]) -> int:
-    decoder = model.mask_decoder
-    if not decoder.query_stride:
-        return decoder.num_queries
-    return math.prod(max(round(side * model.pixel_map_scale / decoder.query_stride), 1) for side in image_size)
 
 
 def check_order(run: RunConfig, workdir: Path) -> None:
@@ -181,6 +173,8 @@ def _needs(run: RunConfig, name: str) -> list[tuple[str, ...]]:
     """Of each tuple, a step needs the result of one."""
     if name == "evaluate":
         return [evaluated(run)]
+    if name == "zero_shot":
+        return []
     if name.startswith("pseudo_label"):
         which = name.partition("/")[2]
         return [(TEACHERS[which],) if which else tuple(step for step in TEACHERS.values() if step in run.steps)]
@@ -225,45 +219,96 @@ def check_parameters(run: RunConfig, categories: Sequence[Category], mesh: Mesh,
     for name in run.order:
         if name in run.steps and not finished(workdir / name):
             _check_start(run, name, shapes, categories, workdir)
+        if name == "zero_shot":
+            _check_zero_shot(run, categories)
 
 
 def _check_start(
     run: RunConfig, name: str, shapes: Mapping[str, Params], categories: Sequence[Category], workdir: Path
 ) -> None:
-    step = run.steps[name]
-    where, path, parts = starting_weights(run, name, workdir)
-    if path is None:
-        return
-    if step.start and not path.exists():
-        given = shapes[step.start]["segmenter"]
-    else:
-        given, _, known = load_shapes(path)
-        head = not parts or any(part.split("/")[0] == "mask_decoder" for part in parts)
-        if head and known and known != tuple(categories):
-            listed = lambda classes: ", ".join(f"{category.id} {category.name}" for category in classes)
-            raise UserError(
-                f"{where}: {path} is of other classes ({listed(known)}) than the labelled images "
-                f"({listed(categories)}); leave its class head out with config.steps.{name}.start_parts=('encoder',)"
-            )
-    merge_weights(shapes[name]["segmenter"], given, parts, f"{where}: {path}")
+    for start in starting_weights(run, name, workdir):
+        if run.steps[name].start and not start.path.exists():
+            given = shapes[run.steps[name].start]["segmenter"]
+        else:
+            given, _, known = load_shapes(start.path)
+            head = not start.parts or any(part.split("/")[0] == "mask_decoder" for part in start.parts)
+            if head and known and known != tuple(categories):
+                listed = lambda classes: ", ".join(f"{category.id} {category.name}" for category in classes)
+                raise UserError(
+                    f"{start.where}: {start.path} is of other classes ({listed(known)}) than the labelled images "
+                    f"({listed(categories)}); leave its class head out with "
+                    f"config.steps.{name}.start_parts=('encoder',)"
+                )
+        start.merged_into(shapes[name]["segmenter"], given)
 
 
-def starting_weights(run: RunConfig, name: str, workdir: Path) -> tuple[str, Path | None, tuple[str, ...]]:
-    """What a step starts from: the key that names it, the file, and which parts of it (empty: everything).
+def _check_zero_shot(run: RunConfig, categories: Sequence[Category]) -> None:
+    """The teacher must come whole, and for these classes."""
+    starts, params = initial_weights(run, "teacher"), run.segmenter("teacher", categories).abstract()
+    for start in starts:
+        params = start.merged_into(params, load_shapes(start.path)[0])
+    covered = {part.split("/")[0] for start in starts for part in start.parts or tuple(params)}
+    if lost := [part for part in params if part not in covered]:
+        raise UserError(
+            f"zero_shot needs a whole teacher, but config.init.teacher gives no {', '.join(lost)}. Convert a detector "
+            "and a SAM 2 (cast-convert), and run configs/….py:zero_shot,teacher=grounded_sam2_l with "
+            "--config.init.teacher.detector=… --config.init.teacher.segmenter=…"
+        )
 
-    That is the result of the step in ``start``, else ``config.init``. Everything of converted weights is what the
-    conversion made.
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Weights to start from.
+
+    Attributes:
+      where: the key of the configuration that names them.
+      path: their file.
+      parts: which parts of the model they are (empty: everything).
+      under: the model's part that they are the whole of, or empty.
     """
+
+    where: str
+    path: Path
+    parts: tuple[str, ...] = ()
+    under: str = ""
+
+    def merged_into(self, fresh: Params, loaded: Params) -> Params:
+        """``fresh`` parameters (or shapes) with the ``loaded`` ones in their place; see ``export.merge_weights``."""
+        loaded = {self.under: loaded} if self.under else loaded
+        return merge_weights(fresh, loaded, self.parts, f"{self.where}: {self.path}")
+
+    def __str__(self) -> str:
+        return f"{self.path} ({', '.join(self.parts) or 'everything'})"
+
+
+def starting_weights(run: RunConfig, name: str, workdir: Path) -> list[Start]:
+    """What a step starts from: the result of the step in ``start``, or ``config.init``; random weights if empty."""
     step = run.steps[name]
     if step.start:
-        return f"config.steps.{name}.start", result(workdir, step.start), step.start_parts
-    where, given = f"config.init.{step.model}", run.init.get(step.model)
-    if not given:
-        return where, None, step.start_parts
-    path = weights_file(given)
-    described = path.parent / "config.json"
-    converted = not step.start_parts and described.exists() and "converted" in read_json(described)
-    return where, path, tuple(load_shapes(path)[0]) if converted else step.start_parts
+        return [Start(f"config.steps.{name}.start", result(workdir, step.start), step.start_parts)]
+    return initial_weights(run, step.model, step.start_parts)
+
+
+def initial_weights(run: RunConfig, role: str, parts: tuple[str, ...] = ()) -> list[Start]:
+    """What ``config.init`` gives a role. Everything of converted weights is what the conversion made."""
+    found = []
+    for its_role, under, given in _initial_files(run):
+        if its_role == role:
+            path = weights_file(given)
+            described = path.parent / "config.json"
+            converted = not parts and described.exists() and "converted" in read_json(described)
+            own = (under,) if under else tuple(load_shapes(path)[0]) if converted else parts
+            found.append(Start(".".join(filter(None, ("config.init", role, under))), path, own, under))
+    return found
+
+
+def _initial_files(run: RunConfig) -> list[tuple[str, str, str]]:
+    """(role, part, file or folder) of ``config.init``; the part is empty where one file is for the whole model."""
+    files = []
+    for role, given in run.init.items():
+        parts = given if isinstance(given, Mapping) else {"": given}
+        files += [(role, part, path) for part, path in parts.items() if path]
+    return files
 
 
 def as_converted(run: RunConfig) -> RunConfig:
@@ -276,9 +321,9 @@ def as_converted(run: RunConfig) -> RunConfig:
       UserError: listing what differs.
     """
     models = dict(run.model)
-    for role, given in run.init.items():
+    for role, part, given in _initial_files(run):
         described = weights_file(given).parent / "config.json"
-        if not given or role not in models or not described.exists():
+        if role not in models or not described.exists():
             continue
         stored = read_json(described)
         if "converted" not in stored:
@@ -288,8 +333,18 @@ def as_converted(run: RunConfig) -> RunConfig:
                     f"cast-convert MODEL {given} DESTINATION"
                 )
             continue  # an export of our own: its model is spelled out in the configuration that made it
+        if part:  # a whole network: it is what was converted
+            models[role] = {**models[role], part: {**stored["model"], **models[role].get(part, {})}}
+            segmenter_config(models[role], f"config.model.{role}")
+            continue
         theirs = stored["model"].get("encoder", {})
-        wanted = segmenter_config(models[role], f"config.model.{role}").encoder
+        model = segmenter_config(models[role], f"config.model.{role}")
+        if not isinstance(model, StudentConfig):
+            raise UserError(
+                f"config.init.{role}: {models[role]['name']} starts from several networks; give the folder of each, "
+                f"--config.init.{role}.detector=… --config.init.{role}.segmenter=…"
+            )
+        wanted = model.encoder
         if not theirs or not theirs.keys() <= {field.name for field in dataclasses.fields(wanted)}:
             raise UserError(
                 f"config.init.{role}: {given} holds a {stored['converted']['name']}; "
@@ -298,7 +353,8 @@ def as_converted(run: RunConfig) -> RunConfig:
         encoder = models[role].get("encoder", {})
         if isinstance(encoder, Mapping):
             models[role] = {**models[role], "encoder": {**stored["converted"]["decided"].get("encoder", {}), **encoder}}
-        ours = to_json(dataclasses.asdict(segmenter_config(models[role], f"config.model.{role}").encoder))
+        adopted = segmenter_config(models[role], f"config.model.{role}")
+        ours = to_json(dataclasses.asdict(adopted.encoder))  # type: ignore[union-attr]  # a student still
         faults = [
             f"{key} is {ours[key]}, in the weights {theirs[key]}"
             for key in ours

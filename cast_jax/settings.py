@@ -146,7 +146,8 @@ class RunConfig:
       file: the configuration file, for messages.
       step: what to run: "cast" for all of ``pipeline``, or one step.
       embedding_dim: of the contrastive projection.
-      init: by role, a folder or file of weights to start from; empty for fresh ones.
+      init: by role, a folder or file of weights to start from, or one for each network of a model that is made of
+        several; empty for fresh ones.
       model: by role, see :func:`cast_jax.models.registry.segmenter_config`.
     """
 
@@ -158,7 +159,7 @@ class RunConfig:
     steps: Mapping[str, StepConfig]
     seed: int = 0
     embedding_dim: int = 128
-    init: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    init: Mapping[str, str | Mapping[str, str]] = dataclasses.field(default_factory=dict)
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
     runtime: Mapping[str, str | bool | None] = dataclasses.field(default_factory=dict)
     pseudo_labels: PseudoLabelConfig = dataclasses.field(default_factory=PseudoLabelConfig)
@@ -196,14 +197,15 @@ class RunConfig:
         values = {**data.loader, **own, "view": build(ViewConfig, view, "config.data.view"), "seed": int(seed)}
         return build(LoaderConfig, values, f"config.steps.{name}.data")
 
-    def segmenter(self, role: str, num_classes: int) -> Functional:
+    def segmenter(self, role: str, categories: Sequence[Category]) -> Functional:
         """The teacher or the student as a pure function."""
-        return build_segmenter(self.model[role], num_classes, self.data.image_size, dtype=compute_dtype())
+        names = [category.name for category in categories]
+        return build_segmenter(self.model[role], names, self.data.image_size, dtype=compute_dtype())
 
     def recipe(self, name: str, categories: Sequence[Category]) -> SemiSupervised:
         """A step's recipe."""
         step = self.steps[name]
-        features = segmenter_config(self.model[step.model]).decoder.features
+        features = segmenter_config(self.model[step.model]).feature_dim
         projection = Functional(lambda rngs: ProjectionHead(features, self.embedding_dim, rngs=rngs))
-        segmenter = self.segmenter(step.model, len(categories))
+        segmenter = self.segmenter(step.model, categories)
         return SemiSupervised(segmenter, projection, step.objective, class_names(categories), self.data.image_size)

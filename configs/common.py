@@ -6,7 +6,18 @@ Values marked (chosen) are ours where the paper is silent; the others are its ta
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import placeholder
 
-STEPS = ("cast", "pretrain", "finetune", "pseudo_label", "adapt", "distill", "refine", "student_supervised", "evaluate")
+STEPS = (
+    "cast",
+    "pretrain",
+    "finetune",
+    "pseudo_label",
+    "adapt",
+    "distill",
+    "refine",
+    "student_supervised",
+    "evaluate",
+    "zero_shot",
+)
 PIPELINE = (
     "finetune",
     "pseudo_label/finetuned",
@@ -166,6 +177,14 @@ def _step(
         "optimizer": optimizer,
         "train": {"steps": steps, "log_every": 50, "save_every": 1000, "eval_every": 0, "keep": 2},
     }
+
+
+def teacher(config: ConfigDict, name: str) -> None:
+    """Another teacher than a large student; the paper's starts from two networks' weights."""
+    config.model.teacher = {"name": name}
+    if name.startswith("grounded_sam2"):
+        config.init.teacher = {"detector": "", "segmenter": ""}
+        config.model.teacher.tokenizer = "bert-base-uncased"  # a folder with its vocab.txt, or its name on the hub
 
 
 def student_parts(config: ConfigDict, arguments: FrozenConfigDict) -> None:

@@ -195,8 +195,8 @@ def _status_kib(name: str) -> int:
 def student_step(repeats: int) -> list[dict[str, Any]]:
     """``student_tiny`` at 128 x 128, 4 labelled and 4 unlabelled images in two views: gradient of the objective."""
     size, classes = (128, 128), 8
-    segmenter = build_segmenter({"name": "student_tiny"}, classes, size)
-    features = segmenter_config({"name": "student_tiny"}).decoder.features
+    segmenter = build_segmenter({"name": "student_tiny"}, [str(number) for number in range(classes)], size)
+    features = segmenter_config({"name": "student_tiny"}).feature_dim
     projection = Functional(lambda rngs: ProjectionHead(features, 64, rngs=rngs))
     batch = {
         group: _group(jax.random.key(i), 4, size, 32, classes) for i, group in enumerate(("labelled", "unlabelled"))

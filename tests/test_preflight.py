@@ -42,7 +42,7 @@ def check_parameters_of(run: RunConfig, workdir) -> None:
 
 def save(run: RunConfig, role: str, path, categories=CATEGORIES) -> None:
     """Weights of a role, as an earlier run would have left them."""
-    shapes = run.segmenter(role, len(categories)).abstract()
+    shapes = run.segmenter(role, categories).abstract()
     save_weights(path, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes), {}, categories)
 
 

@@ -32,6 +32,7 @@ LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "pointwise": lambda weight: _unit(_unit(weight, 3), 2).transpose(1, 0),  # a 1x1 convolution as a linear layer
     "expansion": lambda weight: weight.transpose(2, 3, 0, 1),  # ConvTranspose2d with stride = kernel size: no flip
     "unbatched": lambda array: _unit(array, 0),  # tokens with a leading axis of one
+    "token": lambda array: _unit(_unit(array, 0), 0),  # one, with two leading axes of one
     "map": lambda array: _unit(array, 0).transpose(1, 2, 0),  # 1CHW to HWC
 }
 

@@ -34,15 +34,23 @@ RULES: tuple[Rule, ...] = (
     *affine(rf"{_BLOCK}\.proj", f"{_OURS}/shortcut", "linear"),
 )
 
-# The rest of SAM 2, as the official release and Hugging Face call it.
-HEADS: tuple[Rule, ...] = ignore(
-    r"(image_encoder\.|vision_encoder\.)?neck\..*",
-    r"(sam_)?(prompt_encoder|mask_decoder)\..*",
-    r"(shared_image_embedding|memory_attention|memory_encoder|mask_downsample|obj_ptr_(tpos_)?proj)\..*",
-    r"(object_pointer_proj|temporal_positional_encoding_projection_layer)\..*",
-    r"maskmem_tpos_enc|no_mem_embed|no_mem_pos_enc|no_obj_ptr|no_obj_embed_spatial",
-    r"no_memory_(embedding|positional_encoding)|no_object_pointer",
+# The video model's memory, as the official release and Hugging Face call it.
+MEMORY: tuple[Rule, ...] = ignore(
+    r"(memory_attention|memory_encoder|mask_downsample|obj_ptr_(tpos_)?proj|object_pointer_proj)\..*",
+    r"temporal_positional_encoding_projection_layer\..*",
+    r"maskmem_tpos_enc|no_mem_pos_enc|no_obj_ptr|no_obj_embed_spatial",
+    r"no_memory_positional_encoding|no_object_pointer",
     r"memory_temporal_positional_encoding|occlusion_spatial_embedding_parameter",
+)
+
+# The rest of SAM 2.
+HEADS: tuple[Rule, ...] = (
+    *MEMORY,
+    *ignore(
+        r"(image_encoder\.|vision_encoder\.)?neck\..*",
+        r"(sam_)?(prompt_encoder|mask_decoder)\..*",
+        r"shared_image_embedding\..*|no_mem_embed|no_memory_embedding",
+    ),
 )
 
 
@@ -82,11 +90,10 @@ def layout(keys: Iterable[str]) -> str:
     return "hugging_face" if any(key.endswith("patch_embed.projection.weight") for key in keys) else "official"
 
 
-def reference(config: HieraConfig) -> Any:
-    """Hugging Face's PyTorch module."""
-    import transformers
-
-    sizes: dict[str, Any] = {
+def sizes(config: HieraConfig) -> dict[str, Any]:
+    """The arguments of Hugging Face's configuration."""
+    return {
+        "model_type": "sam2_hiera_det_model",
         "hidden_size": config.embed_dim,
         "num_attention_heads": config.num_heads,
         "window_positional_embedding_background_size": list(config.position_size),
@@ -97,7 +104,13 @@ def reference(config: HieraConfig) -> Any:
         "global_attention_blocks": list(config.global_blocks),
         "mlp_ratio": float(MLP_RATIO),
     }
-    return transformers.Sam2HieraDetModel(transformers.Sam2HieraDetConfig(**sizes))
+
+
+def reference(config: HieraConfig) -> Any:
+    """Hugging Face's PyTorch module."""
+    import transformers
+
+    return transformers.Sam2HieraDetModel(transformers.Sam2HieraDetConfig(**sizes(config)))
 
 
 def reference_stages(model: Any, images: Any) -> dict[str, np.ndarray]:

@@ -30,29 +30,34 @@ def drop_path(values: Float[Array, "batch *shape"], rate: float, key: Array | No
     return jnp.where(keep, values / (1.0 - rate), 0.0)
 
 
-def rematerialise(block: nnx.Module, features: Float[Array, "*shape"], key: Array | None) -> Float[Array, "*result"]:
+def rematerialise(block: nnx.Module, features: Any, key: Array | None) -> Any:
     """``block(features, key)``, computed again in the gradient when its turn comes; only ``features`` are kept.
 
-    ``jax.checkpoint`` alone lets a compiler compute all blocks again at once, since nothing says that they have to
-    wait: XLA:CPU does, and saves no memory. Here the block's input waits for the gradient of its result.
+    ``features`` and the result are arrays or trees of them. ``jax.checkpoint`` alone lets a compiler compute all blocks
+    again at once, since nothing says that they have to wait: XLA:CPU does, and saves no memory. Here the block's input
+    waits for the gradient of its result.
     """
     graph, parameters = nnx.split(block)
     return _run_again(lambda parameters, features: nnx.merge(graph, parameters)(features, key), parameters, features)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run_again(run: Callable[..., Array], parameters: Any, features: Array) -> Array:
+def _run_again(run: Callable[..., Any], parameters: Any, features: Any) -> Any:
     return run(parameters, features)
 
 
-def _keep_input(run: Callable[..., Array], parameters: Any, features: Array) -> tuple[Array, tuple[Any, Array]]:
+def _keep_input(run: Callable[..., Any], parameters: Any, features: Any) -> tuple[Any, tuple[Any, Any]]:
     return run(parameters, features), (parameters, features)
 
 
-def _gradient(run: Callable[..., Array], kept: tuple[Any, Array], gradient: Array) -> tuple[Any, Array]:
+def _gradient(run: Callable[..., Any], kept: tuple[Any, Any], gradient: Any) -> tuple[Any, Any]:
     parameters, features = kept
-    waited = features + 0.0 * gradient.reshape(-1)[0]  # no compiler may drop it: infinity times zero is not zero
-    return jax.vjp(run, parameters, waited.astype(features.dtype))[1](gradient)
+    nothing = 0.0 * jax.tree.leaves(gradient)[0].reshape(-1)[0]  # no compiler may drop it: infinity times zero is not 0
+
+    def wait(leaf: Array) -> Array:
+        return (leaf + nothing).astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.vjp(run, parameters, jax.tree.map(wait, features))[1](gradient)
 
 
 _run_again.defvjp(_keep_input, _gradient)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
@@ -18,6 +18,12 @@ from cast_jax.models.mask_decoder import MaskDecoderConfig
 from cast_jax.models.parts import DECODERS, ENCODERS, decoder_layers
 from cast_jax.models.resnet import ResNetConfig
 from cast_jax.models.student import Student, StudentConfig
+from cast_jax.models.teacher.grounded_sam2 import GroundedSam2, GroundedSam2Config
+from cast_jax.models.teacher.grounding_dino_config import mm_grounding_dino_l, mm_grounding_dino_t
+from cast_jax.models.teacher.sam2 import sam2_image_l, sam2_image_t
+from cast_jax.models.teacher.text import load_tokenizer, make_prompts
+
+Config = TypeVar("Config")
 
 
 def student_s() -> StudentConfig:
@@ -96,13 +102,34 @@ def teacher_resnet_tiny() -> StudentConfig:
     )
 
 
-SEGMENTERS: dict[str, Callable[[], StudentConfig]] = {
+def grounded_sam2_l() -> GroundedSam2Config:
+    """The paper's teacher: MM-Grounding-DINO-L and SAM2-L, 560 M parameters."""
+    return GroundedSam2Config(mm_grounding_dino_l(remat=True), sam2_image_l(), segmenter_size=(1024, 1024))
+
+
+def grounded_sam2_t() -> GroundedSam2Config:
+    """The smallest published pair: MM-Grounding-DINO-T and SAM2-T, 204 M parameters."""
+    return GroundedSam2Config(mm_grounding_dino_t(remat=True), sam2_image_t(), segmenter_size=(1024, 1024))
+
+
+SegmenterConfig = StudentConfig | GroundedSam2Config
+
+SEGMENTERS: dict[str, Callable[[], SegmenterConfig]] = {
     config.__name__: config
-    for config in (student_s, student_l, student_tiny, teacher_tiny, student_resnet_tiny, teacher_resnet_tiny)
+    for config in (
+        student_s,
+        student_l,
+        student_tiny,
+        teacher_tiny,
+        student_resnet_tiny,
+        teacher_resnet_tiny,
+        grounded_sam2_l,
+        grounded_sam2_t,
+    )
 }
 
 
-def segmenter_config(spec: Mapping[str, Any], where: str = "model") -> StudentConfig:
+def segmenter_config(spec: Mapping[str, Any], where: str = "model") -> SegmenterConfig:
     """The sizes that ``{"name": "student_s", "encoder": {...}, ...}`` describes: a named model with single changes.
 
     An encoder or decoder that itself has a ``name`` takes the place of the model's:
@@ -117,15 +144,21 @@ def segmenter_config(spec: Mapping[str, Any], where: str = "model") -> StudentCo
     named = dict(vars(SEGMENTERS[name]()))
     for part, known in (("encoder", ENCODERS), ("decoder", DECODERS)):
         values = changes.get(part)
-        if isinstance(values, Mapping) and "name" in values:
+        if part in named and isinstance(values, Mapping) and "name" in values:
             named[part] = known[_known(values["name"], known, f"{where}.{part}.name")]()
             changes[part] = {key: value for key, value in values.items() if key != "name"}
             if part == "encoder":
                 named["encoder_layers"] = decoder_layers(named[part])
-    for part, values in changes.items():
-        if isinstance(values, Mapping) and dataclasses.is_dataclass(named.get(part)):
-            changes[part] = build(type(named[part]), {**vars(named[part]), **values}, f"{where}.{part}")
-    return build(StudentConfig, {**named, **changes}, where)
+    return _changed(named, changes, type(SEGMENTERS[name]()), where)
+
+
+def _changed(named: Mapping[str, Any], changes: Mapping[str, Any], kind: type[Config], where: str) -> Config:
+    """A configuration of this ``kind`` with the ``named`` fields and, part by part, the nested ``changes``."""
+    values = {**named, **changes}
+    for part, given in changes.items():
+        if isinstance(given, Mapping) and dataclasses.is_dataclass(has := named.get(part)):
+            values[part] = _changed(vars(has), given, type(has), f"{where}.{part}")
+    return build(kind, values, where)
 
 
 def _known(name: Any, table: Mapping[str, Any], where: str) -> str:
@@ -134,7 +167,7 @@ def _known(name: Any, table: Mapping[str, Any], where: str) -> str:
     return name
 
 
-def check_image_size(config: StudentConfig, image_size: tuple[int, int]) -> None:
+def check_image_size(config: SegmenterConfig, image_size: tuple[int, int]) -> None:
     """Raises :class:`UserError`, with the nearest size that can be, unless sides are multiples of the patch size."""
     if any(side % config.patch_size for side in image_size):
         nearest = [max(round(side / config.patch_size), 1) * config.patch_size for side in image_size]
@@ -145,18 +178,28 @@ def check_image_size(config: StudentConfig, image_size: tuple[int, int]) -> None
 
 
 def build_segmenter(
-    spec: Mapping[str, Any], num_classes: int, image_size: tuple[int, int], *, dtype: Any = jnp.float32
+    spec: Mapping[str, Any], classes: Sequence[str], image_size: tuple[int, int], *, dtype: Any = jnp.float32
 ) -> Functional:
     """A segmenter as a pure function; the same one for the same model, since describing a large one takes seconds.
 
     Raises:
-      UserError: see :func:`segmenter_config`; image sides that are no multiples of the patch size.
+      UserError: see :func:`segmenter_config`; image sides that are no multiples of the patch size; classes that the
+        model's tokenizer cannot ask for.
     """
     config = segmenter_config(spec)
     check_image_size(config, image_size)
-    return _functional(config, num_classes, jnp.dtype(dtype))
+    if isinstance(config, StudentConfig):
+        return _student(config, len(classes), jnp.dtype(dtype))
+    key = repr((config, tuple(classes), jnp.dtype(dtype)))
+    if key not in _TEACHERS:
+        prompts = make_prompts(classes, load_tokenizer(config.tokenizer), synonyms=config.synonyms)
+        _TEACHERS[key] = Functional(lambda rngs: GroundedSam2(config, prompts, dtype=jnp.dtype(dtype), rngs=rngs))
+    return _TEACHERS[key]
+
+
+_TEACHERS: dict[str, Functional] = {}  # by all that they depend on
 
 
 @functools.cache
-def _functional(config: StudentConfig, num_classes: int, dtype: Any) -> Functional:
+def _student(config: StudentConfig, num_classes: int, dtype: Any) -> Functional:
     return Functional(lambda rngs: Student(config, num_classes, dtype=dtype, rngs=rngs))

@@ -6,6 +6,7 @@ The small teachers of the demo and of data without a foundation model are larger
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from flax import nnx
@@ -36,9 +37,21 @@ class StudentConfig:
         return self.encoder.patch_size
 
     @property
-    def pixel_map_scale(self) -> float:
-        """The finest map's size in units of the image's."""
-        return self.decoder.finest_scale / self.encoder.stride
+    def feature_dim(self) -> int:
+        """Channels of the pixel features."""
+        return self.decoder.features
+
+    def pixel_map(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of the finest map, which masks and pixel features have."""
+        rows, columns = (round(side * self.decoder.finest_scale / self.encoder.stride) for side in image_size)
+        return rows, columns
+
+    def queries(self, image_size: tuple[int, int]) -> int:
+        """How many instances can be predicted in an image."""
+        decoder = self.mask_decoder
+        if not decoder.query_stride:
+            return decoder.num_queries
+        return math.prod(max(round(side / decoder.query_stride), 1) for side in self.pixel_map(image_size))
 
 
 class Student(nnx.Module):

@@ -152,7 +152,7 @@ def test_a_student_starts_from_it(tmp_path):
         "name": "student_tiny", "encoder": {**ENCODER, "position_offset": 0.1},
         "decoder": {"features": 8, "out_channels": (6, 8, 10, 12)}, "encoder_layers": (0, 1, 2, 3),
     }  # fmt: skip
-    student = build_segmenter(spec, 2, (16, 24)).abstract()
+    student = build_segmenter(spec, "ab", (16, 24)).abstract()
     merged = named_leaves(merge_weights(student, loaded, ("encoder", "decoder"), "x"))
     for name, array in named_leaves(loaded).items():
         np.testing.assert_array_equal(merged[name], array)

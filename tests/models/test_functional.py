@@ -73,7 +73,7 @@ def test_seeds_and_dropout_keys():
 )
 def test_sizes_of_the_full_models(name, encoder, decoder, mask_decoder):
     """The paper's student has 52 M parameters; DINOv2-S and -L have 22 M and 304 M. Nothing is allocated."""
-    params = build_segmenter({"name": name}, 8, (518, 1036)).abstract()
+    params = build_segmenter({"name": name}, "abcdefgh", (518, 1036)).abstract()
     sizes = {part: count_parameters(tree) for part, tree in params.items()}
     assert sizes == {"encoder": encoder, "decoder": decoder, "mask_decoder": mask_decoder}
     if name == "student_s":

@@ -72,11 +72,10 @@ def test_named_parts_make_a_student(encoder, decoder):
     spec = {"name": "student_s", "encoder": {"name": encoder}, "decoder": {"name": decoder}}
     config = segmenter_config(spec)
     height, width = 2 * config.patch_size, 3 * config.patch_size
-    model = build_segmenter(spec, 8, (height, width))
+    model = build_segmenter(spec, "abcdefgh", (height, width))
     images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
     prediction = jax.eval_shape(model.apply, model.abstract(), images)
-    scale = config.pixel_map_scale
-    assert prediction.pixel_features.shape == (1, round(height * scale), round(width * scale), 64)
+    assert prediction.pixel_features.shape == (1, *config.pixel_map((height, width)), config.feature_dim)
     assert prediction.mask_logits.shape[2:] == prediction.pixel_features.shape[1:3]
 
 
@@ -98,11 +97,11 @@ def test_another_encoder_brings_its_own_maps():
 
 def test_one_model_is_described_once():
     build = lambda classes, size: build_segmenter({"name": "student_tiny"}, classes, size)
-    assert build(3, (64, 64)) is build(3, (32, 128))
-    assert build(3, (64, 64)) is not build(4, (64, 64))
+    assert build("abc", (64, 64)) is build("abc", (32, 128))
+    assert build("abc", (64, 64)) is not build("abcd", (64, 64))
 
 
 def test_image_sides_are_multiples_of_the_patch():
     message = r"\(512, 1036\) must be multiples of the model's patch size 14; the nearest is \(518, 1036\)"
     with pytest.raises(UserError, match=message):
-        build_segmenter({"name": "student_s"}, 8, (512, 1036))
+        build_segmenter({"name": "student_s"}, "abcdefgh", (512, 1036))

@@ -65,7 +65,7 @@ def test_equals_the_same_network_in_torch():
 
 @pytest.mark.parametrize("name", ["student_resnet_tiny", "teacher_resnet_tiny"])
 def test_a_segmenter_with_it_has_masks_at_half_the_image(name):
-    model = build_segmenter({"name": name}, 3, (64, 96))
+    model = build_segmenter({"name": name}, "abc", (64, 96))
     prediction = jax.eval_shape(model.apply, model.abstract(), jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.float32))
     assert prediction.mask_logits.shape == (2, 5 * 8, 32, 48)
 
@@ -76,4 +76,4 @@ def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="four values"):
         ResNetConfig(depths=(1, 2, 3))
     with pytest.raises(UserError, match="multiples of the model's patch size 16"):
-        build_segmenter({"name": "student_resnet_tiny"}, 3, (64, 40))
+        build_segmenter({"name": "student_resnet_tiny"}, "abc", (64, 40))

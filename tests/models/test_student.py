@@ -15,7 +15,7 @@ from cast_jax.models.student import ProjectionHead
 
 @pytest.mark.parametrize("size", [(32, 48), (64, 64), (40, 16)])
 def test_masks_and_features_at_four_times_the_patch_grid(size):
-    model = build_segmenter(TINY, 3, size)
+    model = build_segmenter(TINY, "abc", size)
     prediction = jax.eval_shape(model.apply, model.abstract(), jax.ShapeDtypeStruct((2, *size, 3), jnp.float32))
     rows, columns = size[0] // 2, size[1] // 2  # patches of 8 pixels, times 4
     queries = max(round(rows / 6), 1) * max(round(columns / 6), 1)
@@ -29,7 +29,7 @@ def test_masks_and_features_at_four_times_the_patch_grid(size):
 
 
 def test_half_precision_computes_and_float32_leaves():
-    model = build_segmenter(TINY, 3, (32, 48), dtype=jnp.bfloat16)
+    model = build_segmenter(TINY, "abc", (32, 48), dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(model.abstract())} == {jnp.dtype("float32")}
     prediction = jax.eval_shape(model.apply, model.abstract(), jax.ShapeDtypeStruct((1, 32, 48, 3), jnp.float32))
     assert {leaf.dtype for leaf in jax.tree.leaves(prediction)} == {jnp.dtype("float32")}

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CLASSES, INSTANCES, SIZE, TINY, drawn, group
+from tiny import INSTANCES, SIZE, TINY, drawn, group
 
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.core.annotations import pack_masks
@@ -41,7 +41,7 @@ NAMES = ("person", "car", "tree")
 
 @functools.cache
 def parts() -> tuple[Functional, Functional]:
-    return build_segmenter(TINY, CLASSES, SIZE), Functional(lambda rngs: ProjectionHead(8, 8, rngs=rngs))
+    return build_segmenter(TINY, NAMES, SIZE), Functional(lambda rngs: ProjectionHead(8, 8, rngs=rngs))
 
 
 def recipe(**changes) -> SemiSupervised:

@@ -1,0 +1,122 @@
+"""The detector's encoder: in each layer image and text look at each other, then each at itself."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from cast_jax.models.layers import LayerScale, drop_path
+from cast_jax.models.teacher.deformable_attention import DeformableAttention, Levels
+from cast_jax.models.teacher.grounding_dino_layers import Attention, FeedForward, layer_norm
+
+FIRST_GAIN = 1e-4  # of an untrained fusion's two results
+LIMIT = 50_000.0  # of the fusion's logits
+MASKED = -1e9  # below any of them
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+    """What all layers of an encoder share.
+
+    Attributes:
+      levels: the image's maps.
+      positions: ``[batch, positions, features]``, the encoding of every position and its level.
+      references: ``[batch, positions, levels, 2]``, where every position lies in every map.
+      text_mask: ``[batch, tokens]``, False on padding.
+      text_blocks: ``[batch, tokens, tokens]``, True between tokens of one phrase.
+      text_positions: ``[batch, tokens, features]``, the encoding of the place in the phrase.
+    """
+
+    levels: Levels
+    positions: Float[Array, "batch positions features"]
+    references: Float[Array, "batch positions levels 2"]
+    text_mask: Bool[Array, "batch tokens"]
+    text_blocks: Bool[Array, "batch tokens tokens"]
+    text_positions: Float[Array, "batch tokens features"]
+
+
+class Fusion(nnx.Module):
+    """Cross-attention in both directions from one product of image and text (Li et al., 2022, GLIP)."""
+
+    def __init__(self, features: int, hidden: int, num_heads: int, drop_path: float = 0.0, *, dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.xavier_uniform()
+        linear = lambda i, o: nnx.Linear(i, o, dtype=dtype, kernel_init=init, rngs=rngs)
+        self.image_norm, self.text_norm = (layer_norm(features, dtype=dtype, rngs=rngs) for _ in range(2))
+        self.image_query, self.text_key = linear(features, hidden), linear(features, hidden)
+        self.image_value, self.text_value = linear(features, hidden), linear(features, hidden)
+        self.image_out, self.text_out = linear(hidden, features), linear(hidden, features)
+        self.image_scale, self.text_scale = (LayerScale(features, init=FIRST_GAIN, dtype=dtype) for _ in range(2))
+        self.num_heads, self.drop_path = num_heads, drop_path
+
+    def __call__(
+        self,
+        image: Float[Array, "batch positions features"],
+        text: Float[Array, "batch tokens features"],
+        image_mask: Bool[Array, "batch positions"],
+        text_mask: Bool[Array, "batch tokens"],
+        key: Array | None = None,
+    ) -> tuple[Float[Array, "batch positions features"], Float[Array, "batch tokens features"]]:
+        """Both with what they see of each other added; the masks are False on padding. Softmaxes in float32.
+
+        The residual starts after the norms, as it was published.
+        """
+        keys = [None] * 2 if key is None else list(jax.random.split(key))
+        image, text = self.image_norm(image), self.text_norm(text)
+        split = lambda values: values.reshape(*values.shape[:2], self.num_heads, -1)
+        query, text_key = split(self.image_query(image)), split(self.text_key(text))
+        logits = jnp.einsum("bqhd,bkhd->bhqk", query, text_key, preferred_element_type=jnp.float32)
+        logits = logits * query.shape[-1] ** -0.5
+        logits = jnp.maximum(logits - jax.lax.stop_gradient(logits.max()), -LIMIT)
+        over_image = jnp.maximum(logits - jax.lax.stop_gradient(logits.max(axis=2, keepdims=True)), -LIMIT)
+        over_image = jnp.where(image_mask[:, None, :, None], over_image, MASKED)
+        over_text = jnp.where(text_mask[:, None, None], logits, MASKED)
+        to_image = jax.nn.softmax(over_text, axis=3).astype(image.dtype)
+        to_text = jax.nn.softmax(over_image, axis=2).astype(text.dtype)
+        seen_by_image = jnp.einsum("bhqk,bkhd->bqhd", to_image, split(self.text_value(text)))
+        seen_by_text = jnp.einsum("bhqk,bqhd->bkhd", to_text, split(self.image_value(image)))
+        to_image = self.image_scale(self.image_out(seen_by_image.reshape(*image.shape[:2], -1)))
+        to_text = self.text_scale(self.text_out(seen_by_text.reshape(*text.shape[:2], -1)))
+        return image + drop_path(to_image, self.drop_path, keys[0]), text + drop_path(to_text, self.drop_path, keys[1])
+
+
+class EncoderLayer(nnx.Module):
+    """Fusion, self-attention of the text within its phrases, deformable self-attention of the image."""
+
+    def __init__(
+        self,
+        features: int,
+        ffn_dim: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        fusion_drop_path: float,
+        *,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        options = {"dtype": dtype, "rngs": rngs}
+        self.fusion = Fusion(features, ffn_dim // 2, num_heads // 2, fusion_drop_path, **options)
+        self.text_attention = Attention(features, num_heads // 2, **options)
+        self.text_norm = layer_norm(features, **options)
+        self.text_ffn = FeedForward(features, ffn_dim // 2, **options)
+        self.image_attention = DeformableAttention(features, num_heads, num_levels, num_points, **options)
+        self.image_norm = layer_norm(features, **options)
+        self.image_ffn = FeedForward(features, ffn_dim, **options)
+
+    def __call__(
+        self,
+        inputs: tuple[Float[Array, "batch positions features"], Float[Array, "batch tokens features"], Surroundings],
+        key: Array | None,
+    ) -> tuple[Float[Array, "batch positions features"], Float[Array, "batch tokens features"]]:
+        """``inputs`` are the image, the text and what surrounds them; ``key`` switches drop path on."""
+        image, text, around = inputs
+        image, text = self.fusion(image, text, around.levels.valid, around.text_mask, key)
+        placed = text + around.text_positions
+        text = self.text_norm(text + self.text_attention(placed, placed, text, around.text_blocks))
+        read = self.image_attention(image + around.positions, around.references, image, around.levels)
+        return self.image_ffn(self.image_norm(image + read)), self.text_ffn(text)
