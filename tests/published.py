@@ -45,6 +45,23 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
+def scaled(model: torch.nn.Module) -> torch.nn.Module:
+    """No tensor zero or constant, and every layer's output about as large as its input, so that errors stay small."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "pos" not in name:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+            else:
+                parameter.normal_(std=0.1).add_(1.0 if name.endswith("weight") and parameter.ndim == 1 else 0.0)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(std=0.1)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 1.5)
+    return model.eval()
+
+
 def _sizes(depth: int = 4) -> dict:
     return {
         "hidden_size": 24, "num_hidden_layers": depth, "num_attention_heads": 2, "patch_size": 4, "image_size": 20,

@@ -9,37 +9,60 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import unittest.mock
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 
 from cast_jax.convert import swin
 from cast_jax.convert.engine import Rule
 from cast_jax.convert.grounding_dino_rules import FIRST_STAGE, HUGGING_FACE, MMDETECTION
 from cast_jax.convert.sources import Checkpoint
 from cast_jax.models.teacher.bert import EPSILON as BERT_EPSILON
-from cast_jax.models.teacher.grounding_dino import IMAGE_TEMPERATURE
+from cast_jax.models.teacher.grounding_dino import IMAGE_TEMPERATURE, GroundingDino
 from cast_jax.models.teacher.grounding_dino_config import GroundingDinoConfig
 from cast_jax.models.teacher.grounding_dino_layers import EPSILON
 from cast_jax.models.teacher.text import MAX_TOKENS, Tokens, tokens_of
 
-RULES: tuple[Rule, ...] = (*HUGGING_FACE, *MMDETECTION)
-
-# The files hold nothing else.
-HEADS: tuple[Rule, ...] = ()
-
-# Largest absolute errors of the stages in float32, by the beginning of their names (design/porting.md).
-TOLERANCES = {"text": 5e-5, "encoder": 1e-4, "proposals/class_logits": 5e-5, "proposals/boxes": 1e-5,
-              "decoder/class_logits": 5e-5, "decoder/boxes": 1e-5, "queries": 1e-4}  # fmt: skip
-
-# Three phrases, in rows that every vocabulary with the marks has.
-PROMPT: Tokens = tokens_of(np.array([[101, 1000, 1001, 1012, 1002, 1012, 1003, 1004, 1005, 1012, 102]]))
+# Largest absolute error in float32 (design/porting.md), by the first part of a result's name.
+TOLERANCES = {"text": 5e-5, "encoder": 1e-4, "logits": 5e-5, "boxes": 1e-5, "queries": 1e-4}
+PATCHES = (6, 9)  # of the compared images: not square, and with more positions than there are queries
+WORDS = (101, 1000, 1001, 1012, 1002, 1012, 1003, 1004, 1005, 1012, 102)  # three phrases, in any vocabulary
 
 
-def prepared(checkpoint: Checkpoint) -> Checkpoint:
+class Stages(GroundingDino):
+    """The detector, returning all that is compared, at positions that are given."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        images: Float[Array, "batch height width 3"],
+        pixel_mask: Bool[Array, "batch height width"],
+        tokens: Tokens,
+        indices: Int[Array, "batch queries"],
+        *,
+        rngs: nnx.Rngs | None = None,
+    ) -> dict[str, Array]:
+        del rngs
+        return self.intermediates(images, self.encode_text(tokens), pixel_mask=pixel_mask, indices=indices)
+
+
+def module(config: GroundingDinoConfig, *, rngs: nnx.Rngs) -> nnx.Module:
+    """The network, whose call on ``inputs`` returns all intermediate results."""
+    return Stages(config, rngs=rngs)
+
+
+def rules(config: GroundingDinoConfig) -> tuple[Rule, ...]:
+    """Of every published layout."""
+    del config
+    return (*HUGGING_FACE, *MMDETECTION)
+
+
+def prepared(checkpoint: Checkpoint, config: GroundingDinoConfig) -> Checkpoint:
     """mmdetection's indices and channels as the rules want them; other files as they are."""
-    if layout(checkpoint.shapes) == "hugging_face":
+    if layout(checkpoint.shapes, config) == "hugging_face":
         return checkpoint
     projections, layers = (
         len({match[1] for key in checkpoint.shapes if (match := re.match(pattern, key))})
@@ -69,8 +92,9 @@ def _column_by_column(array: np.ndarray) -> np.ndarray:
     return array.reshape(*array.shape[:-1], -1, 2, 2).swapaxes(-1, -3).reshape(array.shape)
 
 
-def found(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def found(shapes: Mapping[str, tuple[int, ...]], config: GroundingDinoConfig) -> dict[str, Any]:
     """Whether one head serves all decoder layers; the flags in a ``config.json`` are not to be trusted there."""
+    del config
 
     def shared(pattern: str) -> bool | None:
         heads = {match[1] for key in shapes if (match := re.match(pattern, key))}
@@ -113,9 +137,32 @@ def facts(given: Mapping[str, Any], config: GroundingDinoConfig) -> dict[str, tu
     }
 
 
-def layout(keys: Iterable[str]) -> str:
+def layout(keys: Iterable[str], config: GroundingDinoConfig) -> str:
     """``hugging_face`` or ``mmdetection``."""
+    del config
     return "hugging_face" if any(key.startswith("model.backbone.conv_encoder.") for key in keys) else "mmdetection"
+
+
+def width(config: GroundingDinoConfig) -> int:
+    """Channels of the backbone's first map."""
+    return config.backbone.embed_dim
+
+
+def comparable(config: GroundingDinoConfig) -> GroundingDinoConfig:
+    """As it is."""
+    return config
+
+
+def inputs(config: GroundingDinoConfig, patches: tuple[int, int] | None) -> tuple[Any, ...]:
+    """Two images, one of them padded; a prompt for both; positions at random, in any order."""
+    random = np.random.default_rng(0)
+    height, width = (side * config.backbone.patch_size for side in patches or PATCHES)
+    pixel_mask = np.ones((2, height, width), bool)
+    pixel_mask[1, height * 3 // 4 :] = pixel_mask[1, :, width * 4 // 5 :] = False
+    images = random.normal(size=(2, height, width, 3)).astype(np.float32)
+    positions = sum(rows * columns for rows, columns in config.level_sizes(height, width))
+    indices = np.stack([random.permutation(positions)[: config.num_queries] for _ in images])
+    return images, pixel_mask, tokens_of(np.array([WORDS])), indices
 
 
 def reference(config: GroundingDinoConfig) -> Any:
@@ -131,7 +178,7 @@ def reference(config: GroundingDinoConfig) -> Any:
         max_position_embeddings=config.bert.max_positions,
     )
     sizes: dict[str, Any] = {
-        "backbone_config": swin.reference(config.backbone).config,
+        "backbone_config": transformers.SwinConfig(**swin.sizes(config.backbone)),
         "text_config": bert,
         "num_feature_levels": config.num_levels,
         "d_model": config.hidden_dim,
@@ -152,46 +199,43 @@ def reference(config: GroundingDinoConfig) -> Any:
     return transformers.MMGroundingDinoForObjectDetection(described)
 
 
-def reference_stages(
-    model: Any, images: Any, tokens: Tokens = PROMPT, pixel_mask: np.ndarray | None = None
-) -> dict[str, np.ndarray]:
-    """PyTorch's results by the names of ``GroundingDino.intermediates``; the choice of positions is among them.
+def reference_stages(model: Any, config: GroundingDinoConfig, inputs: tuple[Any, ...]) -> dict[str, np.ndarray]:
+    """What :class:`Stages` returns. Hugging Face's model is made to choose the given positions.
 
-    The first stage's class logits are those of the chosen positions and of the encoded text, which the choice is made
-    by, not the ones that Hugging Face computes for its loss.
+    The first stage's class logits are those that the choice is made by, not those that Hugging Face computes for its
+    loss from the text before the encoder.
     """
     import torch
 
-    broadcast = lambda array: torch.from_numpy(np.broadcast_to(array, (len(images), *array.shape[1:])).copy())
-    ids, mask = broadcast(np.asarray(tokens.ids)).long(), broadcast(np.asarray(tokens.mask))
-    results = model.model(
-        pixel_values=images,
-        input_ids=ids,
-        attention_mask=mask.long(),
-        pixel_mask=None if pixel_mask is None else torch.from_numpy(pixel_mask).long(),
-        output_hidden_states=True,
-        return_dict=True,
-    )
-    indices = torch.topk(results.enc_outputs_class.max(-1)[0], model.config.num_queries, dim=1)[1]
-    length = ids.shape[1]
-    chosen = torch.gather(
-        results.enc_outputs_class, 1, indices[..., None].expand(-1, -1, results.enc_outputs_class.shape[-1])
-    )
+    del config
+    images, pixel_mask, tokens, indices = inputs
+    indices = torch.from_numpy(indices)
+    everywhere = lambda array: torch.from_numpy(np.broadcast_to(array, (len(images), *array.shape[1:])).copy())
+    ids, mask = everywhere(tokens.ids).long(), everywhere(tokens.mask)
+    with unittest.mock.patch("torch.topk", lambda values, k, dim: (values.gather(dim, indices), indices)):
+        results = model.model(
+            pixel_values=torch.from_numpy(images).permute(0, 3, 1, 2),
+            input_ids=ids,
+            attention_mask=mask.long(),
+            pixel_mask=torch.from_numpy(pixel_mask).long(),
+            output_hidden_states=True,
+            return_dict=True,
+        )
     image, text = results.encoder_vision_hidden_states, results.encoder_text_hidden_states
     stages = {"text": text[0]}
     for number in range(1, len(image)):
-        stages[f"encoder/{number - 1}/image"], stages[f"encoder/{number - 1}/text"] = image[number], text[number]
+        stages |= {f"encoder/{number - 1}/image": image[number], f"encoder/{number - 1}/text": text[number]}
+    first_stage = results.enc_outputs_class[..., : ids.shape[1]]  # what follows is padding
     stages |= {
-        "proposals/indices": indices,
-        "proposals/class_logits": chosen[..., :length],
-        "proposals/boxes": results.init_reference_points,
+        "logits/positions": first_stage.max(-1)[0],
+        "logits/proposals": first_stage.gather(1, indices[..., None].expand(-1, -1, ids.shape[1])),
+        "boxes/proposals": results.init_reference_points,
     }
-    queries = results.intermediate_hidden_states
-    boxes = torch.cat([results.init_reference_points[:, None], results.intermediate_reference_points[:, :-1]], dim=1)
-    logits, predicted = [], []
-    for number in range(queries.shape[1]):
-        logits.append(model.class_embed[number](queries[:, number], text[-1], mask)[..., :length])
-        corrections = model.bbox_embed[number](queries[:, number])
-        predicted.append((corrections + torch.special.logit(boxes[:, number], eps=EPSILON)).sigmoid())
-    stages |= {"decoder/class_logits": torch.stack(logits), "decoder/boxes": torch.stack(predicted)}
-    return {name: value.numpy() for name, value in (stages | {"queries": queries[:, -1]}).items()}
+    queries = results.intermediate_hidden_states.unbind(1)
+    starts = (results.init_reference_points, *results.intermediate_reference_points.unbind(1))
+    logits, boxes = [], []
+    for number, (features, start) in enumerate(zip(queries, starts, strict=False)):
+        logits.append(model.class_embed[number](features, text[-1], mask)[..., : ids.shape[1]])
+        boxes.append((model.bbox_embed[number](features) + torch.special.logit(start, eps=EPSILON)).sigmoid())
+    stages |= {"logits/layers": torch.stack(logits), "boxes/layers": torch.stack(boxes), "queries": queries[-1]}
+    return {name: value.numpy() for name, value in stages.items()}

@@ -123,20 +123,26 @@ def layout(keys: Iterable[str]) -> str:
     return "hugging_face" if any("patch_embeddings.projection" in key for key in keys) else "official"
 
 
-def reference(config: SwinConfig) -> Any:
-    """Hugging Face's PyTorch module: the one that normalises its maps, if any of them has a norm of its own."""
-    import transformers
-
-    sizes: dict[str, Any] = {
+def sizes(config: SwinConfig) -> dict[str, Any]:
+    """The arguments of Hugging Face's configuration."""
+    stages = [f"stage{stage + 1}" for stage in sorted(config.learned_norms)]
+    return {
         "embed_dim": config.embed_dim,
         "depths": list(config.depths),
         "num_heads": list(config.num_heads),
         "window_size": config.window_size,
+        **({"out_features": stages} if stages else {}),
     }
+
+
+def reference(config: SwinConfig) -> Any:
+    """Hugging Face's PyTorch module: the one that normalises its maps, if any of them has a norm of its own."""
+    import transformers
+
+    described = transformers.SwinConfig(**sizes(config))
     if config.learned_norms:
-        sizes["out_features"] = [f"stage{stage + 1}" for stage in sorted(config.learned_norms)]
-        return transformers.SwinBackbone(transformers.SwinConfig(**sizes))
-    return transformers.SwinModel(transformers.SwinConfig(**sizes), add_pooling_layer=False)
+        return transformers.SwinBackbone(described)
+    return transformers.SwinModel(described, add_pooling_layer=False)
 
 
 def reference_stages(model: Any, images: Any) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ and exports see.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,8 @@ class Functional:
 
     def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
         """``build`` makes the module from its random streams; it must hold no state but parameters."""
-        self._init = jax.jit(lambda key: _to_tree(nnx.split(build(nnx.Rngs(params=key)))[1]))
-        self.graphdef, self._state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+        self._init = jax.jit(lambda key: _to_tree(nnx.split(build(_keys(key)))[1]))
+        self.graphdef, self._state = nnx.split(nnx.eval_shape(lambda: build(_keys(jax.random.key(0)))))
 
     def init(self, key: PRNGKeyArray) -> Params:
         """Fresh float32 parameters, compiled as one program."""
@@ -40,6 +41,22 @@ class Functional:
     def _to_state(self, params: Params) -> nnx.State:
         leaves = {path: variable.replace(_lookup(params, path)) for path, variable in nnx.to_flat_state(self._state)}
         return nnx.from_flat_state(leaves)
+
+
+class _Keys:
+    """The keys of ``nnx.Rngs(params=key)``, which counts in an array: at each parameter JAX then looks through all that
+    was traced before, which takes minutes for a large model."""
+
+    def __init__(self, key: PRNGKeyArray):
+        self._key, self._count = key, 0
+
+    def params(self) -> PRNGKeyArray:
+        self._count += 1
+        return jax.random.fold_in(self._key, self._count - 1)
+
+
+def _keys(key: PRNGKeyArray) -> nnx.Rngs:
+    return typing.cast(nnx.Rngs, _Keys(key))  # modules only ask for ``params()``
 
 
 def count_parameters(params: Params) -> int:

@@ -9,7 +9,7 @@ import resource
 import time
 
 import pytest
-import torch
+from published import scaled
 
 from cast_jax.convert.command import convert
 from cast_jax.convert.models import MODELS, family_of
@@ -18,23 +18,6 @@ from cast_jax.convert.verify import verify
 # Rows and columns of patches: not square, and for a plain ViT around the 37 x 37 of its position embedding.
 SIZES = {False: (37, 40), True: (16, 20)}
 NAMES = [name for name in MODELS if name != "dinov2_g"]  # 4.5 GB as float32, and no encoder of the paper's
-
-
-def scaled(model: torch.nn.Module) -> torch.nn.Module:
-    """No tensor zero or constant, and every layer's output about as large as its input, so that errors stay small."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "pos" not in name:
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-            else:
-                parameter.normal_(std=0.1).add_(1.0 if name.endswith("weight") and parameter.ndim == 1 else 0.0)
-        for name, buffer in model.named_buffers():
-            if name.endswith("running_mean"):
-                buffer.normal_(std=0.1)
-            elif name.endswith("running_var"):
-                buffer.uniform_(0.5, 1.5)
-    return model.eval()
 
 
 @pytest.mark.full

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -144,7 +145,7 @@ class GroundingDino(nnx.Module):
           ValueError: sizes that are no multiple of 32, or too small for the number of queries.
         """
         scene = self.encode(images, text, pixel_mask=pixel_mask, rngs=rngs)
-        proposals = self.selection(scene, indices)
+        proposals = self.selection(scene, self.selection.choose(scene) if indices is None else indices)
         class_logits, boxes, queries = self.decoder(scene, proposals.boxes)
         return Detections(class_logits, boxes, proposals, queries, scene)
 
@@ -172,15 +173,16 @@ class GroundingDino(nnx.Module):
         pixel_mask: Bool[Array, "batch height width"] | None = None,
         indices: Int[Array, "batch queries"] | None = None,
     ) -> dict[str, Array]:
-        """The text before the encoder, both after each of its layers, and all predictions, by name."""
+        """The text before the encoder, both after each of its layers, and all that is predicted, by name."""
         first, *scenes = self._scenes(images, text, pixel_mask, None)
         stages = {"text": first.text}
         for number, scene in enumerate(scenes):  # at least one
             stages |= {f"encoder/{number}/image": scene.image, f"encoder/{number}/text": scene.text}
-        proposals = self.selection(scene, indices)
+        stages["logits/positions"] = self.selection.scores(scene)
+        proposals = self.selection(scene, self.selection.choose(scene) if indices is None else indices)
+        stages |= {"logits/proposals": proposals.class_logits, "boxes/proposals": proposals.boxes}
         class_logits, boxes, queries = self.decoder(scene, proposals.boxes)
-        stages |= {f"proposals/{field.name}": getattr(proposals, field.name) for field in dataclasses.fields(proposals)}
-        return stages | {"decoder/class_logits": class_logits, "decoder/boxes": boxes, "queries": queries}
+        return stages | {"logits/layers": class_logits, "boxes/layers": boxes, "queries": queries}
 
     def _scenes(
         self,
@@ -240,5 +242,5 @@ def _resized(
     """A pixel mask at a map's resolution: the nearest pixel at or before each position."""
     if mask is None:
         return jnp.ones(level.shape[:3], bool)
-    rows, columns = (jnp.arange(new) * old // new for new, old in zip(level.shape[1:3], mask.shape[1:], strict=True))
+    rows, columns = (np.arange(new) * old // new for new, old in zip(level.shape[1:3], mask.shape[1:], strict=True))
     return mask[:, rows][:, :, columns]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from cast_jax.core.config import check_ranges
@@ -66,6 +67,13 @@ class GroundingDinoConfig:
         """The backbone's stages (0-based) that the detector sees."""
         return tuple(sorted(self.backbone.learned_norms))
 
+    def level_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """(rows, columns) of the maps of an image, fine to coarse."""
+        sizes = [(height // (4 * 2**stage), width // (4 * 2**stage)) for stage in self.stages]
+        while len(sizes) < self.num_levels:
+            sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
+        return sizes
+
 
 def mm_grounding_dino_t(**changes: Any) -> GroundingDinoConfig:
     """MM-Grounding-DINO with Swin-T, 173 M parameters."""
@@ -83,6 +91,7 @@ def mm_grounding_dino_l(**changes: Any) -> GroundingDinoConfig:
     return GroundingDinoConfig(**sizes | changes)
 
 
+# Of Grounding DINO, where it differs from MM-Grounding-DINO.
 _PLAIN: dict[str, Any] = {"scaled_logits": False, "shared_boxes": True, "shared_logits": True}
 
 
@@ -94,3 +103,9 @@ def grounding_dino_t(**changes: Any) -> GroundingDinoConfig:
 def grounding_dino_b(**changes: Any) -> GroundingDinoConfig:
     """Grounding DINO with Swin-B, 232 M parameters."""
     return mm_grounding_dino_b(**_PLAIN | changes)
+
+
+GROUNDING_DINO: dict[str, Callable[..., GroundingDinoConfig]] = {
+    make.__name__: make
+    for make in (mm_grounding_dino_t, mm_grounding_dino_b, mm_grounding_dino_l, grounding_dino_t, grounding_dino_b)
+}

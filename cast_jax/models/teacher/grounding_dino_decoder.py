@@ -64,24 +64,31 @@ class Selection(nnx.Module):
         self.class_head, self.box_head = TokenLogits(scaled_logits), box_head(features, rngs)
         self.num_queries = num_queries
 
-    def __call__(self, scene: Scene, indices: Int[Array, "batch queries"] | None = None) -> Proposals:
-        """Selects; ``indices`` forces the choice. The choice itself has no gradient.
+    def scores(self, scene: Scene) -> Float[Array, "batch positions"]:
+        """How much every position resembles the token that it resembles most."""
+        return self.class_head(self._objects(scene)[0], scene.text, scene.text_mask).max(axis=-1)
 
-        Raises ValueError if the image has fewer positions than there are queries.
+    def choose(self, scene: Scene) -> Int[Array, "batch queries"]:
+        """The positions with the highest scores, best first.
+
+        Raises ValueError if the image has fewer than there are queries.
         """
         positions = scene.image.shape[1]
         if positions < self.num_queries:
             raise ValueError(f"{self.num_queries} queries, but the image has {positions} positions; use larger images")
-        anchors, proposable = proposals_around(scene.levels)
-        objects = self.norm(self.linear(jnp.where(proposable, scene.image, 0.0)))
-        if indices is None:
-            still = jax.lax.stop_gradient
-            best = self.class_head(still(objects), still(scene.text), scene.text_mask).max(axis=-1)
-            indices = jax.lax.top_k(still(best), self.num_queries)[1]
+        return jax.lax.top_k(self.scores(scene), self.num_queries)[1]
+
+    def __call__(self, scene: Scene, indices: Int[Array, "batch queries"]) -> Proposals:
+        """What is proposed at the positions ``indices``."""
+        objects, anchors = self._objects(scene)
         take = lambda values: jnp.take_along_axis(values, indices[..., None], axis=1)
-        chosen = take(objects)
-        boxes = jax.nn.sigmoid(self.box_head(chosen) + take(anchors))
-        return Proposals(indices, self.class_head(chosen, scene.text, scene.text_mask), boxes)
+        boxes = jax.nn.sigmoid(self.box_head(take(objects)) + take(anchors))
+        return Proposals(indices, self.class_head(take(objects), scene.text, scene.text_mask), boxes)
+
+    def _objects(self, scene: Scene) -> tuple[Float[Array, "batch positions features"], Array]:
+        """What might be at every position, and the logits of a box there."""
+        anchors, inside = proposals_around(scene.levels)
+        return self.norm(self.linear(jnp.where(inside, scene.image, 0.0))), anchors
 
 
 def proposals_around(levels: Levels) -> tuple[Float[Array, "batch positions 4"], Bool[Array, "batch positions 1"]]:
