@@ -183,8 +183,7 @@ def student_parts(config: ConfigDict, arguments: FrozenConfigDict) -> None:
         config.model.student.encoder = {"name": encoder}
     if decoder != "dpt":
         config.model.student.decoder = {"name": decoder}
-    if not encoder.startswith("resnet"):
-        config.model.student.encoder = {**config.model.student.get("encoder", {}), "remat": True}
+    config.model.student.encoder = {**config.model.student.get("encoder", {}), "remat": "blocks"}
     if not encoder.startswith("dinov2"):
         config.data.image_size = (448, 896)
 

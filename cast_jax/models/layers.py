@@ -30,14 +30,23 @@ def drop_path(values: Float[Array, "batch *shape"], rate: float, key: Array | No
     return jnp.where(keep, values / (1.0 - rate), 0.0)
 
 
-def rematerialise(block: nnx.Module, features: Float[Array, "*shape"], key: Array | None) -> Float[Array, "*result"]:
-    """``block(features, key)``, computed again in the gradient when its turn comes; only ``features`` are kept.
+REMAT = ("none", "mlp", "blocks")
+"""What an encoder computes again in the gradient instead of keeping it: nothing, the feed-forward half of each block,
+or whole blocks. The less is kept, the smaller the memory and the longer the step; the gradient is the same."""
+
+
+def rematerialise(
+    run: Callable[..., Array], block: nnx.Module, features: Float[Array, "*shape"], *keys: Any, when: bool = True
+) -> Float[Array, "*result"]:
+    """``run(block, features, *keys)``; with ``when`` the gradient computes it again, and only ``features`` are kept.
 
     ``jax.checkpoint`` alone lets a compiler compute all blocks again at once, since nothing says that they have to
     wait: XLA:CPU does, and saves no memory. Here the block's input waits for the gradient of its result.
     """
+    if not when:
+        return run(block, features, *keys)
     graph, parameters = nnx.split(block)
-    return _run_again(lambda parameters, features: nnx.merge(graph, parameters)(features, key), parameters, features)
+    return _run_again(lambda parameters, x: run(nnx.merge(graph, parameters), x, *keys), parameters, features)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -52,7 +61,9 @@ def _keep_input(run: Callable[..., Array], parameters: Any, features: Array) -> 
 def _gradient(run: Callable[..., Array], kept: tuple[Any, Array], gradient: Array) -> tuple[Any, Array]:
     parameters, features = kept
     waited = features + 0.0 * gradient.reshape(-1)[0]  # no compiler may drop it: infinity times zero is not zero
-    return jax.vjp(run, parameters, waited.astype(features.dtype))[1](gradient)
+    with jax.named_scope("rematted_computation"):  # as jax.checkpoint calls it; profiles tell it by this name
+        pullback = jax.vjp(run, parameters, waited.astype(features.dtype))[1]
+    return pullback(gradient)
 
 
 _run_again.defvjp(_keep_input, _gradient)
