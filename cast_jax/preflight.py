@@ -69,7 +69,7 @@ def require_same(config: Mapping[str, Any], workdir: Path) -> None:
 
 def _settled(config: Mapping[str, Any], begun: set[str]) -> dict[str, Any]:
     """What results depend on: not the step that is asked for, the machine, and what is only looked at."""
-    free = ("step", "file", "runtime", "mesh", "evaluate")
+    free = ("step", "file", "runtime", "mesh", "evaluate", "profile")
     steps = {name: step for name, step in config["steps"].items() if name in begun}
     return {key: value for key, value in config.items() if key not in free} | {"steps": steps}
 

@@ -59,6 +59,7 @@ def base(arguments: FrozenConfigDict, file: str) -> ConfigDict:
     config.embedding_dim = 128  # of the projection head (chosen)
     config.runtime = {"compilation_cache": placeholder(str), "debug_nans": False, "xla_flags": ""}
     config.mesh = {"data": -1, "fsdp": 1}
+    config.profile = {"start": 10, "steps": 0}  # trace so many updates of each trained step, after the first ten
     config.init = {"teacher": "", "student": ""}  # folders of converted weights; empty: fresh
     config.model = {"teacher": {"name": "student_l"}, "student": {"name": "student_s"}}
     config.data = {

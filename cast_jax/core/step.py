@@ -19,7 +19,7 @@ from cast_jax.core.compiled import memory_bytes
 from cast_jax.core.errors import UserError
 from cast_jax.core.optim import OptimizerConfig, ema_update, make_optimizer
 from cast_jax.core.rules import named_leaves, unnamed
-from cast_jax.core.runtime import GIB
+from cast_jax.core.runtime import GIB, memory_limit
 from cast_jax.core.sharding import RULES, like_params, param_shardings, replicate, replicated, shard_params
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class TrainStep:
 
     Attributes:
       like: the state's shapes, dtypes and shardings.
+      traced, program: the update as JAX traced it and as XLA compiled it, once that is done.
     """
 
     def __init__(
@@ -76,7 +77,8 @@ class TrainStep:
         self.like: TrainState = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, self._shardings
         )
-        self._program: Callable[..., Any] | None = None
+        self.traced: Any = None
+        self.program: Any = None
 
     def initial_state(self, params: Any = None) -> TrainState:
         """Step 0 from ``params`` (copied), or from ``recipe.init``. Raises :class:`UserError` where they do not fit."""
@@ -93,24 +95,24 @@ class TrainStep:
         return jax.device_put(frozen, param_shardings(frozen, self.mesh)) if jax.tree.leaves(frozen) else frozen
 
     def compile(self, name: str, state: TrainState, frozen: dict[str, Any], batch: Any) -> None:
-        """Compiles for these shapes, and says how long it took and how much memory a step needs."""
+        """Compiles for these shapes (arrays, or only described), and says how long it took and how much memory it needs.
+        """
         logger.info("compiling the %s step ...", name)
         begin = time.monotonic()
         everywhere = replicated(self.mesh)
         jitted = jax.jit(self._step, donate_argnums=0, out_shardings=(self._shardings, everywhere, everywhere))
         with jax.set_mesh(self.mesh):
-            program = jitted.lower(state, frozen, batch, self._key).compile()
-        self._program = program
-        needed = memory_bytes(program)
-        size = "" if needed is None else f"; it needs {needed / GIB:.3g} GiB on each device"
-        logger.info("compiling the %s step done in %.1f s%s", name, time.monotonic() - begin, size)
+            self.traced = jitted.trace(state, frozen, batch, self._key)
+            self.program = self.traced.lower().compile()
+        logger.info("compiling the %s step done in %.1f s", name, time.monotonic() - begin)
+        _report_memory(name, memory_bytes(self.program), memory_limit())
 
     def __call__(
         self, state: TrainState, frozen: dict[str, Any], batch: Any
     ) -> tuple[TrainState, dict[str, metric.Pair], Bool[Array, ""]]:
         """(new state, metrics, whether loss and gradients were finite). ``state`` is donated; nothing is waited for."""
-        assert self._program is not None, "compile first"
-        return self._program(state, frozen, batch, self._key)
+        assert self.program is not None, "compile first"
+        return self.program(state, frozen, batch, self._key)
 
     def _new_state(self, params: Any) -> TrainState:
         init_bank = getattr(self.recipe, "init_bank", None)
@@ -133,9 +135,10 @@ class TrainStep:
             return loss, (metrics, aux[0] if aux else None)
 
         (loss, (metrics, aux)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(trained)
-        norm = optax.tree.norm(gradients)
-        params, opt_state = self.optimizer.apply(gradients, state.opt_state, state.params, state.step)
-        ema = state.ema if self.ema_decay is None else ema_update(state.ema, params, self.ema_decay, state.step)
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(gradients)
+            params, opt_state = self.optimizer.apply(gradients, state.opt_state, state.params, state.step)
+            ema = state.ema if self.ema_decay is None else ema_update(state.ema, params, self.ema_decay, state.step)
         new = TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, bank=state.bank)
         post_update = getattr(self.recipe, "post_update", None)
         new = new if post_update is None else post_update(new, aux)
@@ -153,6 +156,20 @@ def count_images(batch: Any) -> int:
     nested = isinstance(batch, Mapping) and all(isinstance(group, Mapping) for group in batch.values())
     groups = list(batch.values()) if nested else [batch]
     return sum(jax.tree.leaves(group)[0].shape[0] for group in groups)
+
+
+def _report_memory(name: str, needed: int | None, limit: int | None) -> None:
+    """Says what a step needs on each device of what is there."""
+    if needed is None:
+        return
+    known = f" of {limit / GIB:.3g} GiB" if limit else ""
+    logger.info("%s step: %.3g GiB%s a device", name, needed / GIB, known)
+    if limit and needed > limit:
+        logger.warning(
+            "%s: the step needs more memory than there is, and will most likely fail: set train.accumulate, the "
+            "encoder's remat or mesh.fsdp, or use smaller batches",
+            name,
+        )
 
 
 def _check_params(params: Any, wanted: Any) -> None:

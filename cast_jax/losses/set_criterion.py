@@ -67,6 +67,7 @@ class Targets:
     ignore: Bool[Array, "batch height width"]
 
 
+@jax.named_scope("criterion")
 def set_criterion(
     key: PRNGKeyArray,
     layers: tuple[tuple[Float[Array, "batch queries h w"], Float[Array, "batch queries classes+1"]], ...],
@@ -93,11 +94,12 @@ def set_criterion(
     costs_of = jax.jit(jax.vmap(functools.partial(_matching_cost, config=config)))
     terms_of = jax.jit(jax.vmap(functools.partial(_image_terms, config=config)))
     # Only the small cost matrices are stacked, to be matched together; stacking the maps would copy them.
-    costs = [
-        costs_of(match_keys, masks, classes, targets, maps)
-        for (masks, classes), (match_keys, _) in zip(layers, keys, strict=True)
-    ]
-    queries, matched = match_all(jnp.stack(costs), targets.valid)
+    with jax.named_scope("matching"):
+        costs = [
+            costs_of(match_keys, masks, classes, targets, maps)
+            for (masks, classes), (match_keys, _) in zip(layers, keys, strict=True)
+        ]
+        queries, matched = match_all(jnp.stack(costs), targets.valid)
     terms = [
         jax.tree.map(jnp.sum, terms_of(loss_keys, masks, classes, targets, maps, queries[layer], matched[layer]))
         for layer, ((masks, classes), (_, loss_keys)) in enumerate(zip(layers, keys, strict=True))

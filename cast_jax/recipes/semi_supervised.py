@@ -182,6 +182,7 @@ class SemiSupervised:
             totals.append(terms)
         return jnp.mean(jnp.stack(losses)), jax.tree.map(lambda *values: sum(values), *totals)
 
+    @jax.named_scope("contrastive")
     def _contrastive_loss(self, key, params, predictions, batch, bank: Bank | None) -> tuple[Any, ...]:
         """L_pxl over all images of the batch; the strong view's pixels are the positions, weak is read beside them.
 
