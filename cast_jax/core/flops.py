@@ -35,8 +35,8 @@ def _count(jaxpr: Jaxpr, prefix: str, times: int) -> Counter[str]:
             inner = times
             if name == "scan":
                 inner *= params["length"]
-            elif name == "shard_map":  # whose shapes are those of one device
-                inner *= math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+            elif name == "shard_map":  # whose shapes are those of one device of the mesh
+                inner *= params["mesh"].size
             for part in jaxprs_in_params(params):
                 found.update(_count(part, path, inner))
     return found

@@ -23,7 +23,7 @@ from cast_jax.core.config import check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.core.files import write_json
 from cast_jax.core.flops import matrix_flops
-from cast_jax.core.runtime import GIB, memory_limit
+from cast_jax.core.runtime import as_size, memory_limit
 from cast_jax.core.step import TrainStep
 
 logger = logging.getLogger(__name__)
@@ -180,18 +180,18 @@ def measured(report: Mapping[str, Any], seconds: float, trace: Path, steps: int,
 def as_text(report: Mapping[str, Any]) -> str:
     """A report for a person."""
     memory, xla = report["memory"], report["xla"]
-    gib = lambda size: "?" if size is None else f"{size / GIB:.3g}"
+    size = lambda value: "?" if value is None else as_size(value)
     lines = [
         f"devices     {report['devices']} x {report['device']}",
         f"operations  {report['flops'] / 1e12:.4g} TFLOP, and {report['recomputed_flops'] / 1e12:.3g} computed again "
         "(matrix products and convolutions, all devices)",
-        f"XLA says    {xla.get('flops', 0) / 1e12:.4g} TFLOP, {gib(xla.get('bytes'))} GiB read and written "
+        f"XLA says    {xla.get('flops', 0) / 1e12:.4g} TFLOP, {size(xla.get('bytes'))} read and written "
         "(a device; bodies of loops once)",
-        f"memory      {gib(memory['total'])} GiB of {gib(memory['limit'])} GiB a device: {gib(memory['arguments'])} "
-        f"of arguments, {gib(memory['temporaries'])} of temporaries",
+        f"memory      {size(memory['total'])} of {size(memory['limit'])} a device: {size(memory['arguments'])} of "
+        f"arguments, {size(memory['temporaries'])} of temporaries",
         "exchanged   "
         + (
-            ", ".join(f"{name} {size / 2**20:.4g} MiB" for name, size in report["collectives"].items())
+            ", ".join(f"{name} {as_size(value)}" for name, value in report["collectives"].items())
             or "nothing between devices"
         ),
     ]

@@ -95,6 +95,11 @@ def device_memory_gib() -> float | None:
     return max(peaks) / GIB if peaks else None
 
 
+def as_size(size: float) -> str:
+    """Bytes for a person: "11.2 GiB", or "3.4 MiB" below a tenth of one."""
+    return f"{size / GIB:,.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:,.1f} MiB"
+
+
 def memory_limit() -> int | None:
     """Bytes that a program may use on each local device; of a CPU's devices, their share of the machine's memory.
 

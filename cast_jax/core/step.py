@@ -19,7 +19,7 @@ from cast_jax.core.compiled import memory_bytes
 from cast_jax.core.errors import UserError
 from cast_jax.core.optim import OptimizerConfig, ema_update, make_optimizer
 from cast_jax.core.rules import named_leaves, unnamed
-from cast_jax.core.runtime import GIB, memory_limit
+from cast_jax.core.runtime import as_size, memory_limit
 from cast_jax.core.sharding import RULES, like_params, param_shardings, replicate, replicated, shard_params
 
 logger = logging.getLogger(__name__)
@@ -162,8 +162,7 @@ def _report_memory(name: str, needed: int | None, limit: int | None) -> None:
     """Says what a step needs on each device of what is there."""
     if needed is None:
         return
-    known = f" of {limit / GIB:.3g} GiB" if limit else ""
-    logger.info("%s step: %.3g GiB%s a device", name, needed / GIB, known)
+    logger.info("%s step: %s%s a device", name, as_size(needed), f" of {as_size(limit)}" if limit else "")
     if limit and needed > limit:
         logger.warning(
             "%s: the step needs more memory than there is, and will most likely fail: set train.accumulate, the "
