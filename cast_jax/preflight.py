@@ -129,7 +129,7 @@ def _check_step(run: RunConfig, name: str, mesh: Mesh) -> None:
     objective, model = step.objective, segmenter_config(run.model[step.model])
     objective.check_views(loader.views, f"config.steps.{name}")
     for size in (loader.batch_labelled, loader.batch_unlabelled):
-        check_batch_size(size, mesh.size)
+        check_batch_size(size, mesh.size, step.train.accumulate)
     if objective.pseudo_label_weight and not (step.pseudo_labels and loader.batch_unlabelled):
         raise UserError(
             "objective.pseudo_label_weight is on, which needs pseudo_labels ('finetuned' or 'adapted') and "

@@ -56,6 +56,7 @@ class TrainConfig:
     Attributes:
       steps: updates in all.
       seed: of the initial parameters and of every update's key.
+      accumulate: micro-batches that each device computes one after another, to save memory.
       ema_decay: keep an exponential moving average of the parameters; recipes find it in ``frozen["ema"]``.
       evaluate_ema: evaluate, export and return the average instead of the parameters.
       log_every, save_every, eval_every: in steps; the last step does all three. ``eval_every=0``: only there.
@@ -68,6 +69,7 @@ class TrainConfig:
     steps: int
     seed: int = 0
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    accumulate: int = 1
     ema_decay: float | None = None
     evaluate_ema: bool = False
     log_every: int = 50
@@ -82,7 +84,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, steps="[1, inf)", log_every="[1, inf)", save_every="[1, inf)", eval_every="[0, inf)")
-        check_ranges(self, keep="[1, inf)", ema_decay="[0, 1)")
+        check_ranges(self, keep="[1, inf)", ema_decay="[0, 1)", accumulate="[1, 65536]")
         if self.evaluate_ema and self.ema_decay is None:
             raise UserError("evaluate_ema asks for a moving average, but ema_decay is None")
 
@@ -121,6 +123,7 @@ def make_step(recipe: Trainable, config: TrainConfig) -> TrainStep:
         mesh=make_mesh(config.mesh),
         rules=config.sharding_rules,
         ema_decay=config.ema_decay,
+        accumulate=config.accumulate,
         seed=config.seed,
     )
 

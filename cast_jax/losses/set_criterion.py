@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,7 @@ def set_criterion(
     layers: tuple[tuple[Float[Array, "batch queries h w"], Float[Array, "batch queries classes+1"]], ...],
     targets: Targets,
     config: CriterionConfig,
+    instances: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Sums the set loss over all decoder layers, each matched by itself.
 
@@ -81,6 +83,9 @@ def set_criterion(
       layers: (mask_logits, class_logits) of every supervised layer, the final one last.
       targets: what to match.
       config: weights and sampling.
+      instances: where this is one of several equal parts of a batch, the instances of an average part. The mean of the
+        parts' losses is then the batch's: exactly in the mask terms, and in the class term as long as no query lies on
+        ignored pixels (how many do is known only of this part). Every instance must find a query.
 
     Returns:
       The weighted loss over all layers, and the unweighted terms of the final layer as (sum, count) pairs.
@@ -105,8 +110,16 @@ def set_criterion(
         for layer, ((masks, classes), (_, loss_keys)) in enumerate(zip(layers, keys, strict=True))
     ]
     weights = {"class": config.class_weight, "mask": config.mask_weight, "dice": config.dice_weight}
+    factors = dict.fromkeys(weights, 1.0)
+    if instances is not None:
+        found, queries = jnp.sum(targets.valid), math.prod(layers[0][1].shape[:2])
+        factors = dict.fromkeys(weights, jnp.maximum(found, 1.0) / jnp.where(instances > 0.0, instances, 1.0))
+        class_weight = lambda matched: config.no_object_weight * (queries - matched) + matched
+        factors["class"] = class_weight(found) / jnp.maximum(class_weight(instances), 1e-6)
     means = [
-        weights[name] * total / jnp.maximum(count, 1.0) for layer in terms for name, (total, count) in layer.items()
+        weights[name] * factors[name] * total / jnp.maximum(count, 1.0)
+        for layer in terms
+        for name, (total, count) in layer.items()
     ]
     return jnp.sum(jnp.stack(means)), terms[-1]
 
