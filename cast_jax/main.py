@@ -47,10 +47,10 @@ def run() -> None:
     """The entry point."""
     sys.path.insert(0, str(Path.cwd()))  # configuration files import configs/common.py
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse_flags)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str]) -> list[str]:
     """Parses the flags and loads the configuration; what is wrong with them ends with a line and exit code 1."""
     model = [found for argument in argv if (found := _MODEL_FIELD.fullmatch(argument))]
     others = [argument for argument in argv if not _MODEL_FIELD.fullmatch(argument)]

@@ -68,7 +68,7 @@ def require_same(config: Mapping[str, Any], workdir: Path) -> None:
 
 def _settled(config: Mapping[str, Any], begun: set[str]) -> dict[str, Any]:
     """What results depend on: not the step that is asked for, the machine, and what is only looked at."""
-    free = ("step", "file", "runtime", "mesh", "evaluate")
+    free = ("step", "file", "runtime", "mesh", "evaluate", "profile")
     steps = {name: step for name, step in config["steps"].items() if name in begun}
     return {key: value for key, value in config.items() if key not in free} | {"steps": steps}
 
@@ -128,7 +128,7 @@ def _check_step(run: RunConfig, name: str, mesh: Mesh) -> None:
     objective, model = step.objective, segmenter_config(run.model[step.model])
     objective.check_views(loader.views, f"config.steps.{name}")
     for size in (loader.batch_labelled, loader.batch_unlabelled):
-        check_batch_size(size, mesh.size)
+        check_batch_size(size, mesh.size, step.train.accumulate)
     if objective.pseudo_label_weight and not (step.pseudo_labels and loader.batch_unlabelled):
         raise UserError(
             "objective.pseudo_label_weight is on, which needs pseudo_labels ('finetuned' or 'adapted') and "

@@ -12,6 +12,7 @@ from cast_jax.core.annotations import Category
 from cast_jax.core.config import build, check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.core.optim import OptimizerConfig
+from cast_jax.core.profiling import ProfileConfig
 from cast_jax.core.runtime import compute_dtype
 from cast_jax.data.pipeline import LoaderConfig
 from cast_jax.data.views import ViewConfig
@@ -164,6 +165,7 @@ class RunConfig:
     runtime: Mapping[str, str | bool | None] = dataclasses.field(default_factory=dict)
     pseudo_labels: PseudoLabelConfig = dataclasses.field(default_factory=PseudoLabelConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         check_ranges(self, seed="[0, 4294967295]", embedding_dim="[1, 65536]")
@@ -179,7 +181,9 @@ class RunConfig:
     def train_config(self, name: str) -> TrainConfig:
         """The trainer's settings for a step."""
         step = self.steps[name]
-        return dataclasses.replace(step.train, optimizer=step.optimizer, seed=self.seed, mesh=self.mesh)
+        return dataclasses.replace(
+            step.train, optimizer=step.optimizer, seed=self.seed, mesh=self.mesh, profile=self.profile
+        )
 
     def loader_config(self, name: str) -> LoaderConfig:
         """What a step's batches hold.

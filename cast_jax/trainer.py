@@ -23,6 +23,7 @@ from cast_jax.core.errors import DataError, DivergedError, UserError
 from cast_jax.core.files import read_json, write_json
 from cast_jax.core.logging import MetricsWriter, read_metrics
 from cast_jax.core.optim import OptimizerConfig
+from cast_jax.core.profiling import ProfileConfig, ProfiledSteps
 from cast_jax.core.progress import Progress, Stopwatch, clock
 from cast_jax.core.runtime import StopSignals, device_memory_gib, host_memory_gib
 from cast_jax.core.sharding import RULES, make_mesh, shard_batch
@@ -55,17 +56,20 @@ class TrainConfig:
     Attributes:
       steps: updates in all.
       seed: of the initial parameters and of every update's key.
+      accumulate: micro-batches that each device computes one after another, to save memory.
       ema_decay: keep an exponential moving average of the parameters; recipes find it in ``frozen["ema"]``.
       evaluate_ema: evaluate, export and return the average instead of the parameters.
       log_every, save_every, eval_every: in steps; the last step does all three. ``eval_every=0``: only there.
       keep: newest checkpoints to keep, besides the best.
       best_metric: name in the evaluation's metrics, higher is better; None exports no "best".
       mesh, sharding_rules: see :mod:`cast_jax.core.sharding`.
+      profile: updates to trace into ``profile/``.
     """
 
     steps: int
     seed: int = 0
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    accumulate: int = 1
     ema_decay: float | None = None
     evaluate_ema: bool = False
     log_every: int = 50
@@ -76,10 +80,11 @@ class TrainConfig:
     mesh: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"data": -1, "fsdp": 1})
     sharding_rules: tuple[tuple[str, Any], ...] = RULES
     tensorboard: bool = True
+    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         check_ranges(self, steps="[1, inf)", log_every="[1, inf)", save_every="[1, inf)", eval_every="[0, inf)")
-        check_ranges(self, keep="[1, inf)", ema_decay="[0, 1)")
+        check_ranges(self, keep="[1, inf)", ema_decay="[0, 1)", accumulate="[1, 65536]")
         if self.evaluate_ema and self.ema_decay is None:
             raise UserError("evaluate_ema asks for a moving average, but ema_decay is None")
 
@@ -107,6 +112,20 @@ def finished(folder: Path) -> dict[str, Any] | None:
     """The stored result of a step that ran to its end (``done.json``), or None. Cheap: reads no parameters."""
     path = Path(folder) / "done.json"
     return read_json(path) if path.exists() else None
+
+
+def make_step(recipe: Trainable, config: TrainConfig) -> TrainStep:
+    """The update that :func:`train` makes."""
+    return TrainStep(
+        recipe,
+        optimizer=config.optimizer,
+        steps=config.steps,
+        mesh=make_mesh(config.mesh),
+        rules=config.sharding_rules,
+        ema_decay=config.ema_decay,
+        accumulate=config.accumulate,
+        seed=config.seed,
+    )
 
 
 def train(
@@ -138,16 +157,7 @@ def train(
       UserError: a configuration, checkpoint or initial parameters that do not fit.
     """
     folder = Path(folder)
-    name, done, mesh = folder.name, finished(folder), make_mesh(config.mesh)
-    run = TrainStep(
-        recipe,
-        optimizer=config.optimizer,
-        steps=config.steps,
-        mesh=mesh,
-        rules=config.sharding_rules,
-        ema_decay=config.ema_decay,
-        seed=config.seed,
-    )
+    name, done, run = folder.name, finished(folder), make_step(recipe, config)
     with (
         Checkpoints(folder / "checkpoints", keep=config.keep, best_metric=config.best_metric) as checkpoints,
         StopSignals() as stop,
@@ -176,15 +186,21 @@ def train(
         record = _Record(name, config, writer, images, watch.read())
         judge = _Judge(name, config, checkpoints, writer, watch, stop, evaluate, export)
 
-        with Progress(name, config.steps, start=start) as progress:
+        with (
+            Progress(name, config.steps, start=start) as progress,
+            ProfiledSteps(config.profile, folder / "profile", run) as profile,
+        ):
             judge(start, state)
             for step in range(start + 1, config.steps + 1):
                 with watch.measure("wait"):
-                    batch = shard_batch(_next(loader, name, step), mesh)
+                    batch = shard_batch(_next(loader, name, step), run.mesh)
                 if step == start + 1:
                     with watch.measure("compile"), stop.at_once():
                         run.compile(name, state, frozen, batch)
-                state, metrics, finite = run(state, frozen, batch)
+                profile.before(state)
+                with jax.profiler.StepTraceAnnotation(name, step_num=step):
+                    state, metrics, finite = run(state, frozen, batch)
+                profile.after(state)
                 images += count_images(batch)
                 pending.add(step, metrics, finite)
                 record.add(metrics)

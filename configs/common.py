@@ -70,6 +70,7 @@ def base(arguments: FrozenConfigDict, file: str) -> ConfigDict:
     config.embedding_dim = 128  # of the projection head (chosen)
     config.runtime = {"compilation_cache": placeholder(str), "debug_nans": False, "xla_flags": ""}
     config.mesh = {"data": -1, "fsdp": 1}
+    config.profile = {"start": 10, "steps": 0}  # trace so many updates of each trained step, after the first ten
     config.init = {"teacher": "", "student": ""}  # folders of converted weights; empty: fresh
     config.model = {"teacher": {"name": "student_l"}, "student": {"name": "student_s"}}
     config.data = {
@@ -202,8 +203,7 @@ def student_parts(config: ConfigDict, arguments: FrozenConfigDict) -> None:
         config.model.student.encoder = {"name": encoder}
     if decoder != "dpt":
         config.model.student.decoder = {"name": decoder}
-    if not encoder.startswith("resnet"):
-        config.model.student.encoder = {**config.model.student.get("encoder", {}), "remat": True}
+    config.model.student.encoder = {**config.model.student.get("encoder", {}), "remat": "blocks"}
     if not encoder.startswith("dinov2"):
         config.data.image_size = (448, 896)
 

@@ -246,7 +246,8 @@ def encoder(repeats: int) -> list[dict[str, Any]]:
     rows = []
     for name, model, inputs, theirs, module in (
         ("DINOv2-S", _last_map(dinov2_s()), pixels, torch_encoder, backbone),
-        ("DINOv2-S, remat", _last_map(dinov2_s(remat=True)), pixels, torch_encoder, backbone),
+        ("DINOv2-S, remat mlp", _last_map(dinov2_s(remat="mlp")), pixels, torch_encoder, backbone),
+        ("DINOv2-S, remat blocks", _last_map(dinov2_s(remat="blocks")), pixels, torch_encoder, backbone),
         ("DPT-S", _finest(DptConfig(finest_scale=8)), maps, torch_neck, neck),
     ):
         params = model.init(jax.random.key(1))

@@ -18,12 +18,14 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from toy_training import BATCH, TRUTH, Regression, ToyLoader, digest, run_toy, toy_config
+from toy_training import BATCH, DIMENSION, TRUTH, Regression, ToyLoader, digest, run_toy, toy_config
 
 from cast_jax import trainer
 from cast_jax.core.checkpoint import Checkpoints
 from cast_jax.core.errors import DataError, DivergedError, UserError
+from cast_jax.core.files import read_json
 from cast_jax.core.logging import read_metrics
+from cast_jax.core.profiling import ProfileConfig
 from cast_jax.core.step import count_images
 from cast_jax.trainer import finished, train
 
@@ -293,3 +295,35 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, cache):
 def newest(checkpoints: Path) -> int:
     names = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
     return max((int(name) for name in names if name.isdigit()), default=-1)
+
+
+def test_updates_of_a_run_are_profiled(tmp_path, caplog):
+    """The numbers do not change, and the report is of these updates."""
+    plain = run_toy(tmp_path / "plain", 8)
+    with caplog.at_level("INFO", logger="cast_jax"):
+        profiled = run_toy(tmp_path / "toy", 8, profile=ProfileConfig(start=2, steps=3))
+    assert digest(profiled.params) == digest(plain.params)
+    report = read_json(tmp_path / "toy" / "profile" / "report.json")
+    assert report["flops"] == 2 * 2 * BATCH * DIMENSION  # forward, and the kernel's gradient
+    assert report["seconds"] > 0
+    assert set(report["seconds_by_part"]) == {"other", "optimizer"}
+    assert (report["memory"]["total"], report["mfu"], report["collectives"]) == (pytest.approx(3e3, rel=0.9), None, {})
+    assert list((tmp_path / "toy" / "profile").rglob("*.xplane.pb"))
+    assert "profile of 3 updates, in" in caplog.text
+    assert "| optimizer |" in caplog.text
+    assert not (tmp_path / "plain" / "profile").exists()
+
+
+def test_a_profile_that_the_run_is_too_short_for(tmp_path, caplog):
+    run_toy(tmp_path / "toy", 8, profile=ProfileConfig(start=7, steps=3))
+    assert "profile: the run ended after 8 updates, before all were traced" in caplog.text
+
+
+@pytest.mark.parametrize(("limit", "warns"), [(2**40, False), (64, True), (None, False)])
+def test_the_memory_of_a_step_is_said_before_it_runs(tmp_path, caplog, monkeypatch, limit, warns):
+    monkeypatch.setattr("cast_jax.core.step.memory_limit", lambda: limit)
+    with caplog.at_level("INFO", logger="cast_jax"):
+        run_toy(tmp_path / "toy", 1)
+    known = {2**40: " of 1,024.0 GiB", 64: " of 0.0 MiB"}.get(limit, "")
+    assert f"toy step: 0.0 MiB{known} a device" in caplog.text
+    assert ("needs more memory than there is" in caplog.text) == warns

@@ -10,7 +10,11 @@ import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
-_INSTRUCTION = re.compile(rf"= (?P<shape>.*?) (?P<name>{'|'.join(COLLECTIVES)})(?P<start>-start)?\(")
+# Instructions that run others, which a trace lists by themselves.
+_CONTROL = ("while", "conditional", "call")
+
+_COLLECTIVE = re.compile(rf"= (?P<shape>.*?) (?P<name>{'|'.join(COLLECTIVES)})(?P<start>-start)?\(")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?:\(.*?\)|\S+) (?P<kind>[\w-]+)\(")
 _ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\]")
 
 
@@ -23,6 +27,28 @@ def memory_bytes(program: Any) -> int | None:
     return int(used + memory.temp_size_in_bytes)
 
 
+def cost_analysis(program: Any) -> dict[str, float]:
+    """XLA's count of operations and of bytes read and written on each device; bodies of loops count once."""
+    costs = program.cost_analysis() or {}
+    names = {"flops": "flops", "bytes": "bytes accessed", "transcendentals": "transcendentals"}
+    return {name: float(costs[key]) for name, key in names.items() if key in costs}
+
+
+def instructions(program: Any) -> tuple[str, dict[str, str | None]]:
+    """The program's name, and of each instruction the name of the operation that it was made from.
+
+    Instructions that run others (loops) have None, those that XLA made by itself (copies) "".
+    """
+    text = program.as_text()
+    found: dict[str, str | None] = {}
+    for line in text.splitlines():
+        if match := _INSTRUCTION.match(line):
+            origin = re.search(r'metadata=\{[^}]*op_name="([^"]*)"', line)
+            runs_others = match["kind"] in _CONTROL and "xla_cpu_small_call" not in line  # that is one kernel
+            found[match["name"]] = None if runs_others else origin[1] if origin else ""
+    return re.match(r"HloModule ([\w.-]+)", text)[1], found
+
+
 def collective_bytes(program: Any) -> dict[str, int]:
     """Bytes of the results of a program's collective operations on each device, by operation.
 
@@ -30,7 +56,7 @@ def collective_bytes(program: Any) -> dict[str, int]:
     """
     found: Counter[str] = Counter()
     for line in program.as_text().splitlines():
-        if match := _INSTRUCTION.search(line):
+        if match := _COLLECTIVE.search(line):
             arrays = [_bytes(*array) for array in _ARRAY.findall(match["shape"])]
             # What is started asynchronously names its operands beside its results.
             found[match["name"]] += sum(arrays[len(arrays) // 2 :] if match["start"] else arrays)

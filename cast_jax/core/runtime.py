@@ -21,6 +21,7 @@ from cast_jax.core.errors import UserError
 
 logger = logging.getLogger(__name__)
 GIB = 2**30
+CGROUP_LIMITS = tuple(map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")))
 SETTINGS = {"compilation_cache": None, "debug_nans": False, "xla_flags": ""}
 
 
@@ -92,6 +93,25 @@ def device_memory_gib() -> float | None:
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [values["peak_bytes_in_use"] for values in stats if values and "peak_bytes_in_use" in values]
     return max(peaks) / GIB if peaks else None
+
+
+def as_size(size: float) -> str:
+    """Bytes for a person: "11.2 GiB", or "3.4 MiB" below a tenth of one."""
+    return f"{size / GIB:,.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:,.1f} MiB"
+
+
+def memory_limit() -> int | None:
+    """Bytes that a program may use on each local device; of a CPU's devices, their share of the machine's memory.
+
+    None where nobody says.
+    """
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    limits = [int(text) for file in CGROUP_LIMITS if file.exists() and (text := file.read_text().strip()).isdecimal()]
+    if hasattr(os, "sysconf"):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(limits) // len(jax.local_devices()) if limits else None
 
 
 class StopSignals:

@@ -142,13 +142,34 @@ def split_batches(tree: Any, sizes: Sequence[int]) -> list[Any]:
     return [jax.tree.map(functools.partial(cut, start=start, stop=stop), tree) for start, stop in pairwise(stops)]
 
 
-def check_batch_size(size: int, devices: int) -> None:
-    """Raises :class:`UserError` with the nearest workable sizes if ``devices`` do not divide ``size``."""
-    if size % devices:
-        below, above = size // devices * devices, -(-size // devices) * devices
+def micro_batches(batch: Any, count: int, mesh: Mesh) -> Any:
+    """The leaves as ``[count, batch / count, ...]``: micro-batch i has every ``count``-th image from the i-th on.
+
+    So all devices hold equal parts of each, nothing moves between them, and any number of devices makes the same
+    micro-batches. Raises :class:`UserError` where the batch cannot be split so.
+    """
+
+    def split(leaf: Array) -> Array:
+        check_batch_size(leaf.shape[0], mesh.size, count)
+        parts = jnp.swapaxes(leaf.reshape(-1, count, *leaf.shape[1:]), 0, 1)
+        return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(None, AXES)))
+
+    return jax.tree.map(split, batch)
+
+
+def check_batch_size(size: int, devices: int, accumulate: int = 1) -> None:
+    """Raises :class:`UserError` with the nearest workable sizes if a batch cannot be split.
+
+    It is split over ``devices``, and there into ``accumulate`` micro-batches.
+    """
+    parts = devices * accumulate
+    if size % parts:
+        below, above = size // parts * parts, -(-size // parts) * parts
         workable = " or ".join(str(number) for number in (below, above) if number)
+        each = "" if accumulate == 1 else f" and there into {accumulate} micro-batches (train.accumulate)"
         raise UserError(
-            f"a batch of {size} cannot be split over {devices} devices; the nearest batch sizes that can: {workable}"
+            f"a batch of {size} cannot be split over {devices} devices{each}; the nearest batch sizes that can: "
+            f"{workable}"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -19,18 +19,30 @@ from cast_jax.core.compiled import memory_bytes
 from cast_jax.core.errors import UserError
 from cast_jax.core.optim import OptimizerConfig, ema_update, make_optimizer
 from cast_jax.core.rules import named_leaves, unnamed
-from cast_jax.core.runtime import GIB
-from cast_jax.core.sharding import RULES, like_params, param_shardings, replicate, replicated, shard_params
+from cast_jax.core.runtime import as_size, memory_limit
+from cast_jax.core.sharding import (
+    RULES,
+    like_params,
+    micro_batches,
+    param_shardings,
+    replicate,
+    replicated,
+    shard_params,
+)
 
 logger = logging.getLogger(__name__)
 
 
 class Trainable(Protocol):
-    """What a recipe must offer. Two methods are optional, and looked up by name.
+    """What a recipe must offer. Three methods are optional, and looked up by name.
 
     ``init_bank()`` returns arrays that become ``state.bank``; ``post_update(state, aux)`` returns the state after an
     update, where ``aux`` is the third value of ``loss_fn`` (None if it returns two). ``loss_fn`` finds the moving
     average and the bank, where the run has them, as ``frozen["ema"]`` and ``frozen["bank"]``.
+
+    With gradient accumulation ``loss_fn`` sees one micro-batch at a time, and what ``normalisers(batch)`` returns of the
+    whole batch, divided by their number, as ``frozen["normalisers"]``; the third values are joined along their first
+    axis.
     """
 
     def init(self, key: PRNGKeyArray) -> Any:
@@ -48,10 +60,13 @@ class TrainStep:
     Args:
       steps: length of the run, for the schedule.
       ema_decay: see :func:`cast_jax.core.optim.ema_update`; None keeps no average.
+      accumulate: micro-batches that a batch is split into, see :func:`cast_jax.core.sharding.micro_batches`. Loss,
+        gradients and metrics are their means; only one's activations are in memory.
       seed: of the initial parameters and of every update's key, ``fold_in(key, state.step)``.
 
     Attributes:
       like: the state's shapes, dtypes and shardings.
+      traced, program: the update as JAX traced it and as XLA compiled it, once that is done.
     """
 
     def __init__(
@@ -63,9 +78,10 @@ class TrainStep:
         mesh: Mesh,
         rules: Sequence[tuple[str, Any]] = RULES,
         ema_decay: float | None = None,
+        accumulate: int = 1,
         seed: int = 0,
     ) -> None:
-        self.recipe, self.mesh, self.ema_decay = recipe, mesh, ema_decay
+        self.recipe, self.mesh, self.ema_decay, self.accumulate = recipe, mesh, ema_decay, accumulate
         self._init_key, step_key = jax.random.split(jax.random.key(seed))
         self._key = replicate(step_key, mesh)
         self._params = jax.eval_shape(recipe.init, self._init_key)
@@ -76,7 +92,8 @@ class TrainStep:
         self.like: TrainState = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, self._shardings
         )
-        self._program: Callable[..., Any] | None = None
+        self.traced: Any = None
+        self.program: Any = None
 
     def initial_state(self, params: Any = None) -> TrainState:
         """Step 0 from ``params`` (copied), or from ``recipe.init``. Raises :class:`UserError` where they do not fit."""
@@ -93,24 +110,23 @@ class TrainStep:
         return jax.device_put(frozen, param_shardings(frozen, self.mesh)) if jax.tree.leaves(frozen) else frozen
 
     def compile(self, name: str, state: TrainState, frozen: dict[str, Any], batch: Any) -> None:
-        """Compiles for these shapes, and says how long it took and how much memory a step needs."""
+        """Compiles for these shapes (arrays, or only described), and says how long it took and how much memory it needs."""
         logger.info("compiling the %s step ...", name)
         begin = time.monotonic()
         everywhere = replicated(self.mesh)
         jitted = jax.jit(self._step, donate_argnums=0, out_shardings=(self._shardings, everywhere, everywhere))
         with jax.set_mesh(self.mesh):
-            program = jitted.lower(state, frozen, batch, self._key).compile()
-        self._program = program
-        needed = memory_bytes(program)
-        size = "" if needed is None else f"; it needs {needed / GIB:.3g} GiB on each device"
-        logger.info("compiling the %s step done in %.1f s%s", name, time.monotonic() - begin, size)
+            self.traced = jitted.trace(state, frozen, batch, self._key)
+            self.program = self.traced.lower().compile()
+        logger.info("compiling the %s step done in %.1f s", name, time.monotonic() - begin)
+        _report_memory(name, memory_bytes(self.program), memory_limit())
 
     def __call__(
         self, state: TrainState, frozen: dict[str, Any], batch: Any
     ) -> tuple[TrainState, dict[str, metric.Pair], Bool[Array, ""]]:
         """(new state, metrics, whether loss and gradients were finite). ``state`` is donated; nothing is waited for."""
-        assert self._program is not None, "compile first"
-        return self._program(state, frozen, batch, self._key)
+        assert self.program is not None, "compile first"
+        return self.program(state, frozen, batch, self._key)
 
     def _new_state(self, params: Any) -> TrainState:
         init_bank = getattr(self.recipe, "init_bank", None)
@@ -124,18 +140,13 @@ class TrainStep:
 
     def _step(self, state: TrainState, frozen: dict[str, Any], batch: Any, key: PRNGKeyArray) -> tuple[Any, Any, Any]:
         key = jax.random.fold_in(key, state.step)
-        trained, fixed = self.optimizer.split(state.params)
         own = {name: value for name, value in (("ema", state.ema), ("bank", state.bank)) if value is not None}
-
-        def loss_fn(trained: dict[str, Array]) -> tuple[Array, tuple[Any, Any]]:
-            params = unnamed(trained | fixed, state.params)
-            loss, metrics, *aux = self.recipe.loss_fn(params, frozen | own, batch, key)
-            return loss, (metrics, aux[0] if aux else None)
-
-        (loss, (metrics, aux)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(trained)
-        norm = optax.tree.norm(gradients)
-        params, opt_state = self.optimizer.apply(gradients, state.opt_state, state.params, state.step)
-        ema = state.ema if self.ema_decay is None else ema_update(state.ema, params, self.ema_decay, state.step)
+        gradients_of = self._gradients if self.accumulate == 1 else self._accumulated_gradients
+        loss, metrics, aux, gradients = gradients_of(state.params, frozen | own, batch, key)
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(gradients)
+            params, opt_state = self.optimizer.apply(gradients, state.opt_state, state.params, state.step)
+            ema = state.ema if self.ema_decay is None else ema_update(state.ema, params, self.ema_decay, state.step)
         new = TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, bank=state.bank)
         post_update = getattr(self.recipe, "post_update", None)
         new = new if post_update is None else post_update(new, aux)
@@ -147,12 +158,56 @@ class TrainStep:
         }
         return new, metric.as_pairs(metrics), jnp.isfinite(loss) & jnp.isfinite(norm)
 
+    def _gradients(self, params: Any, frozen: Any, batch: Any, key: PRNGKeyArray) -> tuple[Array, Any, Any, Any]:
+        """Loss, metrics, the recipe's third value, and the gradients of the trained parameters by path."""
+        trained, fixed = self.optimizer.split(params)
+
+        def loss_fn(trained: dict[str, Array]) -> tuple[Array, tuple[Any, Any]]:
+            loss, metrics, *aux = self.recipe.loss_fn(unnamed(trained | fixed, params), frozen, batch, key)
+            return loss, (metrics, aux[0] if aux else None)
+
+        (loss, (metrics, aux)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+        return loss, metrics, aux, gradients
+
+    def _accumulated_gradients(self, params: Any, frozen: Any, batch: Any, key: PRNGKeyArray) -> tuple[Any, ...]:
+        """The same over micro-batches, one after another."""
+        count, names = self.accumulate, self.optimizer.multipliers
+        if (normalisers := getattr(self.recipe, "normalisers", None)) is not None:
+            frozen = frozen | {"normalisers": jax.tree.map(lambda value: value / count, normalisers(batch))}
+
+        def add(total: Any, numbered: tuple[Array, Any]) -> tuple[Any, tuple[Any, ...]]:
+            number, part = numbered
+            *results, gradients = self._gradients(params, frozen, part, jax.random.fold_in(key, number))
+            return jax.tree.map(jnp.add, total, gradients), tuple(results)
+
+        shardings = {name: leaf for name, leaf in named_leaves(self._param_shardings).items() if name in names}
+        zeros = jax.tree.map(jnp.zeros_like, self.optimizer.split(params)[0])
+        zeros = jax.lax.with_sharding_constraint(zeros, shardings)
+        parts = micro_batches(batch, count, self.mesh)
+        gradients, (losses, metrics, aux) = jax.lax.scan(add, zeros, (jnp.arange(count), parts))
+        metrics = jax.tree.map(lambda values: jnp.sum(values, axis=0), metrics)
+        aux = jax.tree.map(lambda values: values.reshape(-1, *values.shape[2:]), aux)
+        return jnp.mean(losses), metrics, aux, jax.tree.map(lambda total: total / count, gradients)
+
 
 def count_images(batch: Any) -> int:
     """Images of a batch over all devices: the groups of ``{"labelled": ..., "unlabelled": ...}`` add up."""
     nested = isinstance(batch, Mapping) and all(isinstance(group, Mapping) for group in batch.values())
     groups = list(batch.values()) if nested else [batch]
     return sum(jax.tree.leaves(group)[0].shape[0] for group in groups)
+
+
+def _report_memory(name: str, needed: int | None, limit: int | None) -> None:
+    """Says what a step needs on each device of what is there."""
+    if needed is None:
+        return
+    logger.info("%s step: %s%s a device", name, as_size(needed), f" of {as_size(limit)}" if limit else "")
+    if limit and needed > limit:
+        logger.warning(
+            "%s: the step needs more memory than there is, and will most likely fail: set train.accumulate, the "
+            "encoder's remat or mesh.fsdp, or use smaller batches",
+            name,
+        )
 
 
 def _check_params(params: Any, wanted: Any) -> None:

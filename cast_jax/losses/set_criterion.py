@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -67,11 +68,13 @@ class Targets:
     ignore: Bool[Array, "batch height width"]
 
 
+@jax.named_scope("criterion")
 def set_criterion(
     key: PRNGKeyArray,
     layers: tuple[tuple[Float[Array, "batch queries h w"], Float[Array, "batch queries classes+1"]], ...],
     targets: Targets,
     config: CriterionConfig,
+    instances: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Sums the set loss over all decoder layers, each matched by itself.
 
@@ -80,6 +83,9 @@ def set_criterion(
       layers: (mask_logits, class_logits) of every supervised layer, the final one last.
       targets: what to match.
       config: weights and sampling.
+      instances: where this is one of several equal parts of a batch, the instances of an average part. The mean of the
+        parts' losses is then the batch's: exactly in the mask terms, and in the class term as long as no query lies on
+        ignored pixels (how many do is known only of this part). Every instance must find a query.
 
     Returns:
       The weighted loss over all layers, and the unweighted terms of the final layer as (sum, count) pairs.
@@ -93,18 +99,27 @@ def set_criterion(
     costs_of = jax.jit(jax.vmap(functools.partial(_matching_cost, config=config)))
     terms_of = jax.jit(jax.vmap(functools.partial(_image_terms, config=config)))
     # Only the small cost matrices are stacked, to be matched together; stacking the maps would copy them.
-    costs = [
-        costs_of(match_keys, masks, classes, targets, maps)
-        for (masks, classes), (match_keys, _) in zip(layers, keys, strict=True)
-    ]
-    queries, matched = match_all(jnp.stack(costs), targets.valid)
+    with jax.named_scope("matching"):
+        costs = [
+            costs_of(match_keys, masks, classes, targets, maps)
+            for (masks, classes), (match_keys, _) in zip(layers, keys, strict=True)
+        ]
+        queries, matched = match_all(jnp.stack(costs), targets.valid)
     terms = [
         jax.tree.map(jnp.sum, terms_of(loss_keys, masks, classes, targets, maps, queries[layer], matched[layer]))
         for layer, ((masks, classes), (_, loss_keys)) in enumerate(zip(layers, keys, strict=True))
     ]
     weights = {"class": config.class_weight, "mask": config.mask_weight, "dice": config.dice_weight}
+    factors = dict.fromkeys(weights, 1.0)
+    if instances is not None:
+        found, queries = jnp.sum(targets.valid), math.prod(layers[0][1].shape[:2])
+        factors = dict.fromkeys(weights, jnp.maximum(found, 1.0) / jnp.where(instances > 0.0, instances, 1.0))
+        class_weight = lambda matched: config.no_object_weight * (queries - matched) + matched
+        factors["class"] = class_weight(found) / jnp.maximum(class_weight(instances), 1e-6)
     means = [
-        weights[name] * total / jnp.maximum(count, 1.0) for layer in terms for name, (total, count) in layer.items()
+        weights[name] * factors[name] * total / jnp.maximum(count, 1.0)
+        for layer in terms
+        for name, (total, count) in layer.items()
     ]
     return jnp.sum(jnp.stack(means)), terms[-1]
 

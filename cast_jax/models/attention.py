@@ -78,7 +78,9 @@ def _backward(residuals: tuple[Any, ...], gradient: Array):
     def head(inputs: tuple[Array, ...]) -> tuple[Array, Array, Array]:
         i, q, k, v, log_sum, along, to_out = inputs
         mask = _mask_of_head(masks, i, len(query))
-        weights = jnp.exp(_logits(q, k, mask) - log_sum)
+        with jax.named_scope("rematted_computation"):  # as jax.checkpoint calls what is computed again
+            logits = _logits(q, k, mask)
+        weights = jnp.exp(logits - log_sum)
         to_logits = weights * (to_out @ v.T - along)
         if mask is not None:  # matters for queries that may look nowhere: their weights are uniform, not zero
             to_logits = jnp.where(mask, to_logits, 0.0)

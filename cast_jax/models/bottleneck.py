@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from cast_jax.core.config import check_ranges
+from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.models.convolution import Conv3x3
+from cast_jax.models.layers import rematerialise
 
 EXPANSION = 4  # a block's outputs in units of its inner width
 
@@ -27,12 +28,15 @@ class BottleneckResNetConfig:
     Attributes:
       width: channels of the stem and inner width of the first stage; it doubles from stage to stage.
       depths: blocks of each stage.
+      remat: what the gradient computes again: "none", or whole "blocks", which saves memory.
     """
 
     width: int = 64
     depths: tuple[int, int, int, int] = (3, 4, 6, 3)
+    remat: str = "none"
 
     def __post_init__(self) -> None:
+        check_choices(self, remat=("none", "blocks"))
         if len(self.depths) != 4:
             raise UserError(f"depths must have four values, one a stage, got {self.depths}")
         check_ranges(self, width="[1, 65536]", depths="[1, 1024]")
@@ -164,7 +168,7 @@ class BottleneckResNet(nnx.Module):
         found = {"embedding": features}
         for number, stage in enumerate(self.stages):
             for block in stage:
-                features = block(features)
+                features = rematerialise(Bottleneck.__call__, block, features, when=self.config.remat == "blocks")
                 found[f"blocks/{len(found) - 1 - number}"] = features
             found[f"maps/{number}"] = features
         return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.models.attention import attend
 from cast_jax.models.convolution import PatchEmbedding
-from cast_jax.models.layers import LayerScale, drop_path, dropout, rematerialise
+from cast_jax.models.layers import REMAT, LayerScale, drop_path, dropout, rematerialise
 from cast_jax.models.resize import apply_matrices, interpolation_matrix
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -30,6 +29,8 @@ class DinoV2Config:
     The position embedding is learned on a ``position_grid`` x ``position_grid`` grid and resized bicubically. The
     official release, Depth-Anything-V2 and UniMatch-V2 use offset 0.1 without antialiasing; Hugging Face's
     ``Dinov2Model`` offset 0 without; releases with registers offset 0 with antialiasing. They differ by up to 0.6.
+
+    ``remat`` is what the gradient computes again, see :data:`cast_jax.models.layers.REMAT`.
     """
 
     embed_dim: int
@@ -45,7 +46,7 @@ class DinoV2Config:
     ffn: Literal["mlp", "swiglu"] = "mlp"
     drop_path: float = 0.0
     dropout: float = 0.0
-    remat: bool = False
+    remat: str = "none"
 
     def __post_init__(self) -> None:
         sizes = ("embed_dim", "depth", "num_heads", "patch_size", "position_grid")
@@ -54,7 +55,7 @@ class DinoV2Config:
         check_ranges(self, drop_path="[0, 1)", dropout="[0, 1)")
         if self.embed_dim % self.num_heads:
             raise UserError(f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}")
-        check_choices(self, ffn=("mlp", "swiglu"))
+        check_choices(self, ffn=("mlp", "swiglu"), remat=REMAT)
 
     @property
     def map_widths(self) -> tuple[int, ...]:
@@ -154,14 +155,17 @@ class Block(nnx.Module):
         self.norm2 = nnx.LayerNorm(config.embed_dim, epsilon=1e-6, **options, rngs=rngs)
         self.mlp = (Mlp if config.ffn == "mlp" else SwiGlu)(config, **options, rngs=rngs)
         self.layer_scale2 = LayerScale(config.embed_dim, **scale)
-        self.dropout, self.drop_path = config.dropout, config.drop_path
+        self.dropout, self.drop_path, self.remat = config.dropout, config.drop_path, config.remat
 
     def __call__(self, tokens: Float[Array, "batch tokens dim"], key: Array | None) -> Float[Array, "batch tokens dim"]:
         keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
         branch = self.layer_scale1(dropout(self.attention(self.norm1(tokens)), self.dropout, keys[0]))
         tokens = tokens + drop_path(branch, self.drop_path, keys[1])
-        branch = self.layer_scale2(dropout(self.mlp(self.norm2(tokens)), self.dropout, keys[2]))
-        return tokens + drop_path(branch, self.drop_path, keys[3])
+        return rematerialise(Block._feed_forward, self, tokens, keys[2:], when=self.remat == "mlp")
+
+    def _feed_forward(self, tokens: Array, keys: list[Array | None]) -> Array:
+        branch = self.layer_scale2(dropout(self.mlp(self.norm2(tokens)), self.dropout, keys[0]))
+        return tokens + drop_path(branch, self.drop_path, keys[1])
 
 
 class DinoV2(nnx.Module):
@@ -210,8 +214,8 @@ class DinoV2(nnx.Module):
         tokens = self._embed(images)
         kept = {}
         for number, block in enumerate(self.blocks[: max(layers) + 1]):
-            run = functools.partial(rematerialise, block) if self.config.remat else block
-            tokens = run(tokens, None if rngs is None else rngs.dropout())
+            key = None if rngs is None else rngs.dropout()
+            tokens = rematerialise(Block.__call__, block, tokens, key, when=self.config.remat == "blocks")
             if number in layers:
                 kept[number] = self.norm(tokens)
         return [kept[layer] for layer in layers]

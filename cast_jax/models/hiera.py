@@ -7,7 +7,6 @@ queries are the largest of each 2 x 2 positions, and its windows still have the 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -16,10 +15,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from cast_jax.core.config import check_ranges
+from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.models.attention import attend
-from cast_jax.models.layers import drop_path, rematerialise
+from cast_jax.models.layers import REMAT, drop_path, rematerialise
 from cast_jax.models.resize import resize
 from cast_jax.models.windows import attend_within, from_windows, to_windows
 
@@ -41,7 +40,7 @@ class HieraConfig:
       normalised_maps: whether the maps, sums of many residuals, come normalised (without a learned scale: the trunk has
         none). The student's decoder, which begins with a linear layer, wants them so; SAM 2's own pyramid does not.
       drop_path: rate of the last block; it grows linearly from 0 in the first.
-      remat: whether blocks are computed again in the gradient, which saves memory.
+      remat: what the gradient computes again, see :data:`cast_jax.models.layers.REMAT`.
     """
 
     embed_dim: int = 96
@@ -52,9 +51,10 @@ class HieraConfig:
     position_size: tuple[int, int] = (7, 7)
     normalised_maps: bool = True
     drop_path: float = 0.0
-    remat: bool = False
+    remat: str = "none"
 
     def __post_init__(self) -> None:
+        check_choices(self, remat=REMAT)
         for name in ("depths", "window_sizes"):
             if len(getattr(self, name)) != 4:
                 raise UserError(f"{name} must have four values, one a stage, got {getattr(self, name)}")
@@ -138,6 +138,7 @@ class Block(nnx.Module):
         window: int,
         halves: bool,
         drop_path: float,
+        remat: str,
         *,
         dtype,
         rngs: nnx.Rngs,
@@ -151,7 +152,8 @@ class Block(nnx.Module):
         self.fc2 = nnx.Linear(MLP_RATIO * features, features, **options)
         if halves:
             self.shortcut = nnx.Linear(in_features, features, **options)
-        self.num_heads, self.window, self.halves, self.drop_path = num_heads, window, halves, drop_path
+        self.num_heads, self.window, self.halves = num_heads, window, halves
+        self.drop_path, self.remat = drop_path, remat
 
     def __call__(
         self, features: Float[Array, "batch rows columns in_features"], key: Array | None
@@ -161,8 +163,11 @@ class Block(nnx.Module):
         kept = largest(self.shortcut(normed)) if self.halves else features
         mixed = self._attend_within(normed, *kept.shape[1:3]) if self.window else self._attend(normed)
         features = kept + drop_path(self.out(mixed), self.drop_path, keys[0])
+        return rematerialise(Block._feed_forward, self, features, keys[1], when=self.remat == "mlp")
+
+    def _feed_forward(self, features: Array, key: Array | None) -> Array:
         branch = self.fc2(jax.nn.gelu(self.fc1(self.norm2(features)), approximate=False))
-        return features + drop_path(branch, self.drop_path, keys[1])
+        return features + drop_path(branch, self.drop_path, key)
 
     def _attend_within(self, normed: Array, rows: int, columns: int) -> Array:
         """Attention within windows; the padding, zeros before the projections, takes part in it."""
@@ -205,7 +210,8 @@ class Hiera(nnx.Module):
             halves = number in config.first_blocks[1:]
             window = 0 if number in config.global_blocks else config.window_sizes[stage - halves]
             features = config.map_widths[stage]
-            blocks.append(Block(width, features, config.num_heads * 2**stage, window, halves, rate, **options))
+            heads = config.num_heads * 2**stage
+            blocks.append(Block(width, features, heads, window, halves, rate, config.remat, **options))
             width = features
         self.blocks = nnx.List(blocks)
         self.dtype = dtype
@@ -235,8 +241,8 @@ class Hiera(nnx.Module):
         features = features + self._positions(*features.shape[1:3]).astype(self.dtype)
         found = {"embedding": features}
         for number, block in enumerate(self.blocks):
-            run = functools.partial(rematerialise, block) if self.config.remat else block
-            features = run(features, None if rngs is None else rngs.dropout())
+            key = None if rngs is None else rngs.dropout()
+            features = rematerialise(Block.__call__, block, features, key, when=self.config.remat == "blocks")
             found[f"blocks/{number}"] = features
             if number + 1 in (*self.config.first_blocks, len(self.blocks)):
                 level = normalise(features) if self.config.normalised_maps else features

@@ -30,15 +30,22 @@ def drop_path(values: Float[Array, "batch *shape"], rate: float, key: Array | No
     return jnp.where(keep, values / (1.0 - rate), 0.0)
 
 
-def rematerialise(block: nnx.Module, features: Any, key: Array | None) -> Any:
-    """``block(features, key)``, computed again in the gradient when its turn comes; only ``features`` are kept.
+REMAT = ("none", "mlp", "blocks")
+"""What an encoder computes again in the gradient instead of keeping it: nothing, the feed-forward half of each block,
+or whole blocks. The less is kept, the smaller the memory and the longer the step; the gradient is the same."""
+
+
+def rematerialise(run: Callable[..., Any], block: nnx.Module, features: Any, *keys: Any, when: bool = True) -> Any:
+    """``run(block, features, *keys)``; with ``when`` the gradient computes it again, and only ``features`` are kept.
 
     ``features`` and the result are arrays or trees of them. ``jax.checkpoint`` alone lets a compiler compute all blocks
     again at once, since nothing says that they have to wait: XLA:CPU does, and saves no memory. Here the block's input
     waits for the gradient of its result.
     """
+    if not when:
+        return run(block, features, *keys)
     graph, parameters = nnx.split(block)
-    return _run_again(lambda parameters, features: nnx.merge(graph, parameters)(features, key), parameters, features)
+    return _run_again(lambda parameters, x: run(nnx.merge(graph, parameters), x, *keys), parameters, features)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -57,7 +64,9 @@ def _gradient(run: Callable[..., Any], kept: tuple[Any, Any], gradient: Any) -> 
     def wait(leaf: Array) -> Array:
         return (leaf + nothing).astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    return jax.vjp(run, parameters, jax.tree.map(wait, features))[1](gradient)
+    with jax.named_scope("rematted_computation"):  # as jax.checkpoint calls it; profiles tell it by this name
+        pullback = jax.vjp(run, parameters, jax.tree.map(wait, features))[1]
+    return pullback(gradient)
 
 
 _run_again.defvjp(_keep_input, _gradient)

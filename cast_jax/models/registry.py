@@ -29,7 +29,7 @@ Config = TypeVar("Config")
 def student_s() -> StudentConfig:
     """The paper's student: DINOv2-S, DPT-S and nine 384-d decoder layers: 50.4 M parameters (52 in the paper)."""
     return StudentConfig(
-        encoder=dinov2.dinov2_s(remat=True),
+        encoder=dinov2.dinov2_s(remat="blocks"),
         decoder=DptConfig(),
         mask_decoder=MaskDecoderConfig(hidden_dim=384, mask_dim=384, num_layers=9),
         encoder_layers=(2, 5, 8, 11),
@@ -39,7 +39,7 @@ def student_s() -> StudentConfig:
 def student_l() -> StudentConfig:
     """A teacher of the student's family: DINOv2-L, the DPT-L neck of Depth-Anything-V2, nine decoder layers."""
     return StudentConfig(
-        encoder=dinov2.dinov2_l(remat=True),
+        encoder=dinov2.dinov2_l(remat="blocks"),
         decoder=DptConfig(features=256, out_channels=(256, 512, 1024, 1024)),
         mask_decoder=MaskDecoderConfig(hidden_dim=384, mask_dim=384, num_layers=9),
         encoder_layers=(4, 11, 17, 23),

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from cast_jax.core.config import check_ranges
+from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.models.convolution import Conv3x3
+from cast_jax.models.layers import rematerialise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +23,16 @@ class ResNetConfig:
       widths: channels of each stage.
       depths: blocks of each stage.
       groups: of the group normalisation, which unlike batch normalisation needs no large batch (Wu & He, 2018).
+      remat: what the gradient computes again: "none", or whole "blocks", which saves memory.
     """
 
     widths: tuple[int, int, int, int] = (16, 32, 64, 96)
     depths: tuple[int, int, int, int] = (1, 2, 2, 2)
     groups: int = 8
+    remat: str = "none"
 
     def __post_init__(self) -> None:
+        check_choices(self, remat=("none", "blocks"))
         for name in ("widths", "depths"):
             if len(getattr(self, name)) != 4:
                 raise UserError(f"{name} must have four values, one a stage, got {getattr(self, name)}")
@@ -115,6 +119,6 @@ class ResNet(nnx.Module):
         maps = []
         for stage in self.stages:
             for block in stage:
-                features = block(features)
+                features = rematerialise(Block.__call__, block, features, when=self.config.remat == "blocks")
             maps.append(features)
         return [maps[layer] for layer in layers]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -69,10 +70,13 @@ class Student(nnx.Module):
         )
 
     def __call__(self, images: Float[Array, "batch height width 3"], *, rngs: nnx.Rngs | None = None) -> Prediction:
-        images = (images - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
-        maps = self.encoder(images.astype(self.dtype), layers=self.config.encoder_layers, rngs=rngs)
-        finest, coarser = self.decoder(maps)
-        outputs = self.mask_decoder(finest, coarser, rngs=rngs)
+        with jax.named_scope("encoder"):
+            images = (images - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
+            maps = self.encoder(images.astype(self.dtype), layers=self.config.encoder_layers, rngs=rngs)
+        with jax.named_scope("decoder"):
+            finest, coarser = self.decoder(maps)
+        with jax.named_scope("mask_decoder"):
+            outputs = self.mask_decoder(finest, coarser, rngs=rngs)
         mask_logits, class_logits = outputs[-1]
         return Prediction(
             mask_logits=mask_logits,

@@ -8,7 +8,6 @@ release) do not move them there: at the resolution that they were trained for th
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -17,10 +16,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from cast_jax.core.config import check_ranges
+from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.models.convolution import PatchEmbedding
-from cast_jax.models.layers import drop_path, rematerialise
+from cast_jax.models.layers import REMAT, drop_path, rematerialise
 from cast_jax.models.windows import attend_within, from_windows, to_windows
 
 PATCH = 4  # pixels along a side of what the first stage calls a position
@@ -42,7 +41,7 @@ class SwinConfig:
         normalised without: classifiers have no such norms, and their residual sums, which grow with depth, would reach
         the decoder as they are. Nothing is lost, since the decoder begins with a linear layer.
       drop_path: rate of the last block; it grows linearly from 0 in the first.
-      remat: whether blocks are computed again in the gradient, which saves memory.
+      remat: what the gradient computes again, see :data:`cast_jax.models.layers.REMAT`.
     """
 
     embed_dim: int = 96
@@ -51,9 +50,10 @@ class SwinConfig:
     window_size: int = 7
     learned_norms: tuple[int, ...] = (0, 1, 2, 3)
     drop_path: float = 0.0
-    remat: bool = False
+    remat: str = "none"
 
     def __post_init__(self) -> None:
+        check_choices(self, remat=REMAT)
         for name in ("depths", "num_heads"):
             if len(getattr(self, name)) != 4:
                 raise UserError(f"{name} must have four values, one a stage, got {getattr(self, name)}")
@@ -158,7 +158,16 @@ class Block(nnx.Module):
     """A pre-norm transformer block; ``shift`` is how far its windows have moved down and right."""
 
     def __init__(
-        self, features: int, num_heads: int, window: int, shift: int, drop_path: float, *, dtype, rngs: nnx.Rngs
+        self,
+        features: int,
+        num_heads: int,
+        window: int,
+        shift: int,
+        drop_path: float,
+        remat: str,
+        *,
+        dtype,
+        rngs: nnx.Rngs,
     ):
         options = {"dtype": dtype, "rngs": rngs}
         self.norm1 = nnx.LayerNorm(features, epsilon=EPSILON, **options)
@@ -166,15 +175,18 @@ class Block(nnx.Module):
         self.norm2 = nnx.LayerNorm(features, epsilon=EPSILON, **options)
         self.fc1 = nnx.Linear(features, MLP_RATIO * features, **options)
         self.fc2 = nnx.Linear(MLP_RATIO * features, features, **options)
-        self.window, self.shift, self.drop_path = window, shift, drop_path
+        self.window, self.shift, self.drop_path, self.remat = window, shift, drop_path, remat
 
     def __call__(
         self, features: Float[Array, "batch rows columns channels"], key: Array | None
     ) -> Float[Array, "batch rows columns channels"]:
         keys = [None] * 2 if key is None else list(jax.random.split(key))
         features = features + drop_path(self._attend(self.norm1(features)), self.drop_path, keys[0])
+        return rematerialise(Block._feed_forward, self, features, keys[1], when=self.remat == "mlp")
+
+    def _feed_forward(self, features: Array, key: Array | None) -> Array:
         branch = self.fc2(jax.nn.gelu(self.fc1(self.norm2(features)), approximate=False))
-        return features + drop_path(branch, self.drop_path, keys[1])
+        return features + drop_path(branch, self.drop_path, key)
 
     def _attend(self, features: Array) -> Array:
         """Attention within windows; the padding, zeros at the bottom and right, takes part in it."""
@@ -216,10 +228,8 @@ class Swin(nnx.Module):
         stages, norms = [], []
         for stage, (width, depth) in enumerate(zip(config.map_widths, config.depths, strict=True)):
             shifts = (config.window_size // 2 * (number % 2) for number in range(depth))
-            blocks = [
-                Block(width, config.num_heads[stage], config.window_size, shift, next(rates), **options)
-                for shift in shifts
-            ]
+            heads, window = config.num_heads[stage], config.window_size
+            blocks = [Block(width, heads, window, shift, next(rates), config.remat, **options) for shift in shifts]
             stages.append(nnx.List(blocks))
             learned = stage in config.learned_norms
             norms.append(nnx.LayerNorm(width, epsilon=EPSILON, use_scale=learned, use_bias=learned, **options))
@@ -251,8 +261,8 @@ class Swin(nnx.Module):
         found = {"embedding": features}
         for stage, blocks in enumerate(self.stages):
             for block in blocks:
-                run = functools.partial(rematerialise, block) if self.config.remat else block
-                features = run(features, None if rngs is None else rngs.dropout())
+                key = None if rngs is None else rngs.dropout()
+                features = rematerialise(Block.__call__, block, features, key, when=self.config.remat == "blocks")
                 found[f"blocks/{len(found) - 1 - stage}"] = features
             found[f"maps/{stage}"] = self.output_norms[stage](features)
             if stage < len(self.merging):

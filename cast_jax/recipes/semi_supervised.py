@@ -117,8 +117,19 @@ class SemiSupervised:
         return empty_bank(self.config.contrastive, z.shape[-1], g.shape[-1])
 
     def post_update(self, state: Any, aux: Entries | None) -> Any:
-        """``state`` with the update's pixels in its bank."""
-        return state if aux is None else dataclasses.replace(state, bank=push(state.bank, aux))
+        """``state`` with the update's pixels in its bank: of several micro-batches' pixels an equal share of each."""
+        if aux is None:
+            return state
+        share = -(-len(aux.valid) // self.config.contrastive.bank_new)
+        chosen = jax.tree.map(lambda values: values[::share], aux)
+        return dataclasses.replace(state, bank=push(state.bank, chosen))
+
+    def normalisers(self, batch: Batch) -> Params:
+        """The numbers of instances that L_sup and L_pl are averaged over, by group and view."""
+        return {
+            group: {view: jnp.sum(batch[group][view]["instance_valid"]) for view in VIEW_NAMES if view in batch[group]}
+            for group in batch
+        }
 
     @property
     def _has_bank(self) -> bool:
@@ -143,7 +154,8 @@ class SemiSupervised:
             ("unlabelled", config.pseudo_label_weight, config.pseudo_label_views, "pseudo_label"),
         ):
             if weight and group in batch:
-                term, terms = self._set_loss(keys[group], predictions[group], batch[group], views)
+                instances = frozen.get("normalisers", {}).get(group, {})
+                term, terms = self._set_loss(keys[group], predictions[group], batch[group], views, instances)
                 loss = loss + weight * term
                 metrics |= {f"loss/{prefix}": (term, jnp.ones(()))}
                 metrics |= {f"loss/{prefix}_{name}": pair for name, pair in terms.items()}
@@ -170,18 +182,20 @@ class SemiSupervised:
             result[group][view] = part
         return result
 
-    def _set_loss(self, key, predictions, group, views) -> tuple[Array, Metrics]:
-        """The set criterion, averaged over the views that are there."""
+    def _set_loss(self, key, predictions, group, views, instances) -> tuple[Array, Metrics]:
+        """The set criterion, averaged over the views that are there; see there for ``instances``, by view."""
         views = [view for view in views if view in predictions]
         losses, totals = [], []
         for view_key, view in zip(jax.random.split(key, len(views)), views, strict=True):
             prediction = predictions[view]
             layers = (*prediction.aux, (prediction.mask_logits, prediction.class_logits))
-            loss, terms = set_criterion(view_key, layers, view_targets(group[view]), self.config.criterion)
+            targets = view_targets(group[view])
+            loss, terms = set_criterion(view_key, layers, targets, self.config.criterion, instances.get(view))
             losses.append(loss)
             totals.append(terms)
         return jnp.mean(jnp.stack(losses)), jax.tree.map(lambda *values: sum(values), *totals)
 
+    @jax.named_scope("contrastive")
     def _contrastive_loss(self, key, params, predictions, batch, bank: Bank | None) -> tuple[Any, ...]:
         """L_pxl over all images of the batch; the strong view's pixels are the positions, weak is read beside them.
 

@@ -81,3 +81,14 @@ def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"compilation_cache: .*file/cache cannot be made"):
         runtime.setup({"compilation_cache": str(tmp_path / "file" / "cache")})
+
+
+def test_the_memory_of_a_device(tmp_path, monkeypatch):
+    """A CPU's is the machine's, or what the container may use of it."""
+    machine = runtime.memory_limit()
+    assert 2**28 < machine < 2**44
+    monkeypatch.setattr(runtime, "CGROUP_LIMITS", (tmp_path / "max", tmp_path / "limit", tmp_path / "none"))
+    (tmp_path / "max").write_text("max\n")
+    assert runtime.memory_limit() == machine
+    (tmp_path / "limit").write_text("123456\n")
+    assert runtime.memory_limit() == 123456

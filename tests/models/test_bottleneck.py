@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
+from tiny import drawn
 
 from cast_jax.core.errors import UserError
 from cast_jax.models.bottleneck import BottleneckResNet, BottleneckResNetConfig
 from cast_jax.models.functional import Functional
+from cast_jax.models.resnet import ResNet, ResNetConfig
 
 CONFIG = BottleneckResNetConfig(width=4, depths=(1, 2, 1, 1))
+RESNET = ResNetConfig(widths=(4, 4, 8, 8), depths=(1, 1, 1, 1), groups=2)
 
 
 def test_maps_and_their_gradients_in_bfloat16():
@@ -31,6 +37,19 @@ def test_maps_and_their_gradients_in_bfloat16():
     assert all(jnp.any(leaf != 0) and jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.parametrize(("network", "config"), [(BottleneckResNet, CONFIG), (ResNet, RESNET)])
+def test_rematerialisation_changes_nothing(network, config):
+    images = jax.random.normal(jax.random.key(1), (1, 32, 32, 3))
+
+    def gradient(remat: str):
+        model = Functional(lambda rngs: network(dataclasses.replace(config, remat=remat), rngs=rngs))
+        loss = lambda params: jnp.sum(model.apply(params, images, layers=(0,))[0] ** 2)
+        return jax.jit(jax.value_and_grad(loss))(drawn(model.abstract()))
+
+    plain, again = gradient("none"), gradient("blocks")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, again)
+
+
 def test_maps_come_in_the_order_asked_for():
     model = nnx.eval_shape(lambda: BottleneckResNet(CONFIG, rngs=nnx.Rngs(0)))
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
@@ -43,3 +62,6 @@ def test_what_it_refuses():
         BottleneckResNetConfig(depths=(1, 2, 3))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="width is 0"):
         BottleneckResNetConfig(width=0)
+    for config in (BottleneckResNetConfig, ResNetConfig):
+        with pytest.raises(UserError, match="remat 'mlp' is unknown; known: none, blocks"):
+            config(remat="mlp")

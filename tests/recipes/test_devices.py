@@ -48,13 +48,13 @@ def check_same(found, one):
 
 
 one, step = losses(sharding.make_mesh({"data": 1}, jax.devices()[:1]))
-assert collective_bytes(step._program) == {}
+assert collective_bytes(step.program) == {}
 eight, step = losses(sharding.make_mesh({"data": 8}))
 check_same(eight, one)
 
 # Parameters' gradients, pools of proposals there and back (64 images make 32 groups of 16 anchors), and crumbs: nothing
 # that grows with the pixels. The images alone are larger.
-exchanged = collective_bytes(step._program)
+exchanged = collective_bytes(step.program)
 parameters = sum(4 * leaf.size for leaf in named_leaves(step.like.params).values())
 proposals = 32 * 2 * contrastive.num_slots
 pools = proposals * 4 * (4 + 12 + 2 * 8 + 2)

@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from tiny import INSTANCES, SIZE, TINY, drawn, group
 
+from cast_jax.contrastive.bank import Bank, Entries
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.core.annotations import pack_masks
+from cast_jax.core.checkpoint import TrainState
 from cast_jax.core.errors import UserError
 from cast_jax.core.optim import OptimizerConfig
 from cast_jax.core.rules import named_leaves
@@ -21,6 +24,7 @@ from cast_jax.core.step import TrainStep
 from cast_jax.losses.set_criterion import CriterionConfig
 from cast_jax.models.functional import Functional
 from cast_jax.models.registry import build_segmenter
+from cast_jax.models.segmenter import Prediction
 from cast_jax.models.student import ProjectionHead
 from cast_jax.recipes.base import view_images, view_targets
 from cast_jax.recipes.semi_supervised import ObjectiveConfig, SemiSupervised, instance_map
@@ -206,3 +210,66 @@ def test_updates_fill_the_bank():
     assert filled == [60, 100]
     assert int(state.bank.next) == 20
     assert recipe().init_bank() is None
+
+
+class Linear(nnx.Module):
+    """Masks and classes by one product of each 8 x 8 square's mean colour: compiles in a moment."""
+
+    queries = 5
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.masks = nnx.Linear(3, self.queries, rngs=rngs)
+        self.classes = nnx.Linear(3, self.queries * (len(NAMES) + 1), rngs=rngs)
+
+    def __call__(self, images, *, rngs=None):
+        batch, height, width, _ = images.shape
+        squares = images.reshape(batch, height // 8, 8, width // 8, 8, 3).mean((2, 4))
+        classes = self.classes(squares.mean((1, 2))).reshape(batch, self.queries, -1)
+        return Prediction(jnp.moveaxis(self.masks(squares), -1, 1), classes, squares)
+
+
+def after_one_update(kind: type[SemiSupervised], accumulate: int, images: dict):
+    """The metrics, and Adam's moments: the gradients and their squares, times a constant."""
+    one = kind(Functional(Linear), parts()[1], dataclasses.replace(ALL, contrastive_weight=0.0), NAMES)
+    optimizer = OptimizerConfig(clip_norm=None)
+    step = TrainStep(one, optimizer=optimizer, steps=3, mesh=make_mesh(), accumulate=accumulate)
+    state = step.initial_state(drawn(one.abstract(), 2.0))
+    step.compile("distill", state, {}, images)
+    state, metrics, finite = step(state, {}, images)
+    assert finite
+    return jax.device_get((metrics, state.opt_state))
+
+
+class EachItself(SemiSupervised):
+    """Normalises each micro-batch by its own instances."""
+
+    normalisers = None
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    """Also where micro-batches hold different numbers of instances (here 4 and 6), by which the terms are divided."""
+    images = {"labelled": group(4, 0), "unlabelled": group(4, 10)}
+    for kind in images.values():
+        for name in ("weak", "strong"):
+            kind[name]["ignore"] = np.zeros_like(kind[name]["ignore"])
+    whole, moments = after_one_update(SemiSupervised, 1, images)
+    metrics, accumulated = after_one_update(SemiSupervised, 2, images)
+    assert metrics.keys() == whole.keys()
+    for name in whole:
+        assert mean(metrics, name) == pytest.approx(mean(whole, name), rel=1e-5), name
+        if name not in ("loss/supervised", "loss/pseudo_label", "loss/total"):  # these are means already
+            np.testing.assert_allclose(metrics[name], whole[name], rtol=1e-5, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8), accumulated, moments)
+    apart, _ = after_one_update(EachItself, 2, images)
+    assert abs(mean(apart, "loss/total") / mean(whole, "loss/total") - 1) > 1e-3
+
+
+def test_micro_batches_share_the_bank_s_new_entries():
+    contrastive = dataclasses.replace(ALL.contrastive, scope="bank", bank_size=10, bank_new=4)
+    with_bank = SemiSupervised(*parts(), dataclasses.replace(ALL, contrastive=contrastive), NAMES, SIZE)
+    number = jnp.arange(8.0)
+    entries = Entries(number[:, None], number[:, None], jnp.array([True, True, True, False] * 2))
+    bank = Bank(jnp.zeros((10, 1)), jnp.zeros((10, 1)), jnp.zeros(10, bool), jnp.zeros((), jnp.int32))
+    state = with_bank.post_update(TrainState(0, {}, {}, None, bank), entries)
+    assert state.bank.z[:, 0].tolist() == [0, 2, 4, 6] + [0] * 6
+    assert int(state.bank.next) == 4

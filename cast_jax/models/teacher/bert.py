@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +90,5 @@ class Bert(nnx.Module):
         features = self.tokens(ids) + self.segments(jnp.zeros_like(ids)) + self.positions(positions)
         features = self.embedding_norm(features)
         for block in self.blocks:
-            run = functools.partial(rematerialise, block) if self.config.remat else block
-            features = run((features, blocks), None)
+            features = rematerialise(Block.__call__, block, (features, blocks), None, when=self.config.remat)
         return features

@@ -208,9 +208,8 @@ class GroundingDino(nnx.Module):
         image = jnp.concatenate([level.reshape(len(level), -1, level.shape[-1]) for level in maps], axis=1)
         scenes = [Scene(image, words.features, words.mask, levels)]
         for layer in self.encoder:
-            run = functools.partial(rematerialise, layer) if self.config.remat else layer
-            inputs = (scenes[-1].image, scenes[-1].text, around)
-            image, features = run(inputs, None if rngs is None else rngs.dropout())
+            inputs, key = (scenes[-1].image, scenes[-1].text, around), None if rngs is None else rngs.dropout()
+            image, features = rematerialise(EncoderLayer.__call__, layer, inputs, key, when=self.config.remat)
             scenes.append(Scene(image, features, words.mask, levels))
         return scenes
 

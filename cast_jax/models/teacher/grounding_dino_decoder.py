@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -183,8 +182,8 @@ class Decoder(nnx.Module):
             references = jax.lax.stop_gradient(boxes)
             in_maps = references[:, :, None] * ratios
             positions = self.position_head(encode_boxes(in_maps[:, :, 0], features)).astype(self.dtype)
-            run = functools.partial(rematerialise, layer) if self.remat else layer
-            queries = run((queries, positions, in_maps, scene), None)
+            inputs = (queries, positions, in_maps, scene)
+            queries = rematerialise(DecoderLayer.__call__, layer, inputs, None, when=self.remat)
             normed = self.norm(queries)
             correct = self.box_heads[number % len(self.box_heads)]
             classify = self.class_heads[number % len(self.class_heads)]

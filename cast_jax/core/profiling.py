@@ -1,0 +1,275 @@
+"""What a compiled step costs: operations, memory, traffic, and from a trace the time of each part of the model.
+
+Parts are ``jax.named_scope``s. Their names reach the compiled program's instructions, which a trace names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.profiler import ProfileData
+
+from cast_jax.core.compiled import collective_bytes, cost_analysis, instructions, memory_bytes
+from cast_jax.core.config import check_ranges
+from cast_jax.core.errors import UserError
+from cast_jax.core.files import write_json
+from cast_jax.core.flops import matrix_flops
+from cast_jax.core.runtime import as_size, memory_limit
+from cast_jax.core.step import TrainStep
+
+logger = logging.getLogger(__name__)
+
+SCOPES = ("encoder", "decoder", "mask_decoder", "criterion", "matching", "contrastive", "optimizer")
+PHASES = ("forward", "backward", "recomputed")
+
+# Dense bfloat16 products with float32 sums, TFLOP/s a device, by the vendors' data sheets.
+PEAKS = {
+    r"H200": 989.0,
+    r"H100 PCIe": 756.0,
+    r"H100": 989.0,
+    r"A100": 312.0,
+    r"\bL4\b": 121.0,
+    r"RTX 4090$": 165.2,
+    r"TPU v4$": 275.0,
+    r"TPU v5 lite|TPU v5e": 197.0,
+    r"TPU v5p?$": 459.0,
+    r"TPU v6 lite|TPU v6e": 918.0,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """What a device can do at most, FLOP/s in bfloat16; None where it is not known (of a CPU it is not)."""
+    known = (peak for pattern, peak in PEAKS.items() if re.search(pattern, device_kind))
+    return next((peak * 1e12 for peak in known), None)
+
+
+def part_of(path: str) -> tuple[str, str]:
+    """The innermost of ``SCOPES`` in an operation's name, or "other", and which of ``PHASES`` it belongs to."""
+    steps = path.split("/")
+    names = [re.sub(r"^(\w+\()*|\)*$", "", step) for step in steps if not step.startswith("jit(")]
+    scope = next((name for name in reversed(names) if name in SCOPES), "other")
+    # The gradient of what was computed again has a name that is transposed twice.
+    again = steps.count("rematted_computation") > any(step.startswith("transpose(transpose(") for step in steps)
+    backward = any(step.startswith("transpose(") for step in steps)
+    return scope, "recomputed" if again else "backward" if backward else "forward"
+
+
+def by_part(amounts: Counter[str]) -> dict[str, dict[str, float]]:
+    """Amounts by operation name, added up by scope and phase."""
+    found: dict[str, dict[str, float]] = {}
+    for path, amount in amounts.items():
+        scope, phase = part_of(path)
+        phases = found.setdefault(scope, dict.fromkeys(PHASES, 0.0))
+        phases[phase] += amount
+    return found
+
+
+def operation_seconds(trace: Path, program: Any) -> Counter[str]:
+    """Seconds of a compiled program's operations in a trace, by operation name, on average over this machine's devices.
+
+    Raises:
+      UserError: the trace has none of them.
+    """
+    module, names = instructions(program)
+    seconds: Counter[str] = Counter()
+    devices: set[str] = set()
+    for file in sorted(Path(trace).rglob("*.xplane.pb")):
+        for device, instruction, duration in _events(ProfileData.from_file(str(file)), module):
+            name = names.get(instruction, "")
+            if name is not None:  # loops, whose bodies' operations are there too
+                devices.add(device)
+                seconds[name] += duration * 1e-9
+    if not seconds:
+        raise UserError(f"{trace}: no operation of {module} was traced")
+    return Counter({name: value / len(devices) for name, value in seconds.items()})
+
+
+def _events(data: ProfileData, module: str) -> Iterator[tuple[str, str, float]]:
+    """(device, instruction, nanoseconds) of everything that ran for ``module``.
+
+    Accelerators have planes of their own; of a TPU's lines one holds the operations. On a CPU the host's threads run
+    them, and what one thread begins another may end: an event called "end: ..." then tells when.
+    """
+    planes = list(data.planes)
+    if own := [plane for plane in planes if plane.name.startswith("/device:") and "CUSTOM" not in plane.name]:
+        planes = own
+    for plane in planes:
+        lines = list(plane.lines)
+        lines = [line for line in lines if line.name == "XLA Ops"] or lines
+        begun: dict[int, tuple[str, str, float, float]] = {}
+        ended: dict[int, float] = {}
+        for line in lines:
+            for event in line.events:
+                known = dict(event.stats)
+                if event.name.startswith("end: "):
+                    ended[known.get("_c", -1)] = event.start_ns
+                    continue
+                instruction = known.get("hlo_op") or (event.name if line.name == "XLA Ops" else None)
+                if instruction is None or known.get("hlo_module", module).partition("(")[0] != module:
+                    continue
+                device = f"{plane.name} {known.get('device_ordinal', 0)}"
+                instruction = instruction.partition(" = ")[0].removeprefix("%")
+                if plane.name.startswith("/device:") or "_p" not in known:
+                    yield device, instruction, event.duration_ns
+                else:
+                    begun[known["_p"]] = device, instruction, event.start_ns, event.duration_ns
+        for number, (device, instruction, start, duration) in begun.items():
+            yield device, instruction, max(ended.get(number, start) - start, duration)
+
+
+@contextlib.contextmanager
+def tracing(folder: Path) -> Iterator[None]:
+    """Writes what runs inside, which must have ended there, as a trace that TensorBoard's profile plugin and Perfetto
+    read. Python's own functions are left out: they would be most of it."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with jax.profiler.trace(str(folder), profiler_options=options):
+        yield
+
+
+def report(step: TrainStep, *, peak: float | None = None) -> dict[str, Any]:
+    """What is known of a compiled step before it runs: operations, memory and traffic.
+
+    ``flops`` are the model's matrix products and convolutions on all devices, forward and backward, without what is
+    computed again to save memory (``recomputed_flops``). ``peak`` is a device's FLOP/s, by default by its name.
+    """
+    device, flops = step.mesh.devices.flat[0], by_part(matrix_flops(step.traced.jaxpr.jaxpr))
+    memory = step.program.memory_analysis()
+    again = sum(phases["recomputed"] for phases in flops.values())
+    return {
+        "device": device.device_kind,
+        "devices": step.mesh.size,
+        "peak_flops": peak or peak_flops(device.device_kind),
+        "flops": sum(sum(phases.values()) for phases in flops.values()) - again,
+        "recomputed_flops": again,
+        "flops_by_part": flops,
+        "xla": cost_analysis(step.program),
+        "memory": {
+            "arguments": memory and memory.argument_size_in_bytes,
+            "temporaries": memory and memory.temp_size_in_bytes,
+            "total": memory_bytes(step.program),
+            "limit": memory_limit(),
+        },
+        "collectives": collective_bytes(step.program),
+    }
+
+
+def measured(report: Mapping[str, Any], seconds: float, trace: Path, steps: int, program: Any) -> dict[str, Any]:
+    """A report with what was measured: ``seconds`` a step, and the parts' times in a ``trace`` of some ``steps``."""
+    rate = report["flops"] / seconds
+    peak = report["peak_flops"]
+    times = by_part(Counter({name: value / steps for name, value in operation_seconds(trace, program).items()}))
+    return {
+        **report,
+        "seconds": seconds,
+        "flops_per_second": rate,
+        "mfu": rate / (peak * report["devices"]) if peak else None,
+        "seconds_by_part": times,
+    }
+
+
+def as_text(report: Mapping[str, Any]) -> str:
+    """A report for a person."""
+    memory, xla = report["memory"], report["xla"]
+    size = lambda value: "?" if value is None else as_size(value)
+    lines = [
+        f"devices     {report['devices']} x {report['device']}",
+        f"operations  {report['flops'] / 1e12:.4g} TFLOP, and {report['recomputed_flops'] / 1e12:.3g} computed again "
+        "(matrix products and convolutions, all devices)",
+        f"XLA says    {xla.get('flops', 0) / 1e12:.4g} TFLOP, {size(xla.get('bytes'))} read and written "
+        "(a device; bodies of loops once)",
+        f"memory      {size(memory['total'])} of {size(memory['limit'])} a device: {size(memory['arguments'])} of "
+        f"arguments, {size(memory['temporaries'])} of temporaries",
+        "exchanged   "
+        + (
+            ", ".join(f"{name} {as_size(value)}" for name, value in report["collectives"].items())
+            or "nothing between devices"
+        ),
+    ]
+    if "seconds" in report:
+        share = "?" if report["mfu"] is None else f"{100 * report['mfu']:.1f} %"
+        lines.append(
+            f"step        {1e3 * report['seconds']:.1f} ms, {report['flops_per_second'] / 1e12:.4g} TFLOP/s, {share} "
+            "of the devices' peak (MFU)"
+        )
+    return "\n".join([*lines, "", *_table(report)])
+
+
+def _table(report: Mapping[str, Any]) -> list[str]:
+    """The parts, longest first: milliseconds by phase, their share of all operations' time, TFLOP and TFLOP/s."""
+    flops, times = report["flops_by_part"], report.get("seconds_by_part")
+    nothing = dict.fromkeys(PHASES, 0.0)
+    if times is None:
+        rows = sorted(flops.items(), key=lambda row: -sum(row[1].values()))
+        lines = ["| part | " + " | ".join(f"{phase} TFLOP" for phase in PHASES) + " |", "|" + " --- |" * 4]
+        return lines + [
+            f"| {name} | " + " | ".join(f"{v / 1e12:.4g}" for v in row.values()) + " |" for name, row in rows
+        ]
+    whole = sum(sum(phases.values()) for phases in times.values())
+    lines = ["| part | " + " | ".join(f"{phase} ms" for phase in PHASES) + " | share | TFLOP | TFLOP/s |"]
+    lines.append("|" + " --- |" * 7)
+    for name, phases in sorted(times.items(), key=lambda row: -sum(row[1].values())):
+        total, work = sum(phases.values()), sum(flops.get(name, nothing).values())
+        cells = [f"{1e3 * phases[phase]:.1f}" for phase in PHASES]
+        cells += [f"{100 * total / whole:.1f} %", f"{work / 1e12:.4g}", f"{work / 1e12 / total:.3g}" if total else ""]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """Which updates of a run are traced: ``steps`` of them (0 for none), after the first ``start`` of this process."""
+
+    start: int = 10
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        check_ranges(self, start="[0, inf)", steps="[0, 1000]")  # a trace of more would be unreadable
+
+
+class ProfiledSteps:
+    """Traces some updates of a run into ``folder`` and reports on them; a context manager around the loop."""
+
+    def __init__(self, config: ProfileConfig, folder: Path, step: TrainStep):
+        self.config, self.folder, self.step = config, folder, step
+        self._count = 0
+        self._trace = contextlib.ExitStack()
+        self._begin = 0.0
+
+    def __enter__(self) -> ProfiledSteps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.config.steps and self._count < self.config.start + self.config.steps:
+            logger.warning("profile: the run ended after %d updates, before all were traced", self._count)
+        self._trace.close()
+
+    def before(self, state: Any) -> None:
+        """Begins, if the next update is the first to be traced. ``state`` is waited for."""
+        if self.config.steps and self._count == self.config.start:
+            jax.block_until_ready(state)
+            self._trace.enter_context(tracing(self.folder))
+            self._begin = time.monotonic()
+        self._count += 1
+
+    def after(self, state: Any) -> None:
+        """Ends, if the update that made ``state`` was the last to be traced."""
+        steps = self.config.steps
+        if not steps or self._count != self.config.start + steps:
+            return
+        jax.block_until_ready(state)
+        seconds = (time.monotonic() - self._begin) / steps
+        self._trace.close()
+        found = measured(report(self.step), seconds, self.folder, steps, self.step.program)
+        if jax.process_index() == 0:
+            write_json(self.folder / "report.json", found)
+        logger.info("profile of %d updates, in %s\n%s", steps, self.folder, as_text(found))

@@ -1,0 +1,119 @@
+"""Gradient accumulation: the same update as of the whole batch, the same micro-batches on any number of devices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_training import DIMENSION, TRUTH, Regression, toy_config
+
+from cast_jax.core.errors import UserError
+from cast_jax.core.sharding import check_batch_size, make_mesh, micro_batches
+from cast_jax.core.step import TrainStep
+
+EIGHT_DEVICES = """
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import numpy as np
+from test_step import rows, updated
+from cast_jax.core import sharding
+from cast_jax.core.compiled import collective_bytes
+
+mesh = sharding.make_mesh({"data": 8})
+numbers = sharding.shard_batch({"x": np.arange(32)}, mesh)
+split = jax.jit(lambda batch: sharding.micro_batches(batch, 2, mesh)).lower(numbers).compile()
+assert split(numbers)["x"].tolist() == [list(range(0, 32, 2)), list(range(1, 32, 2))]
+assert collective_bytes(split) == {}
+
+sharding.SMALL = 1
+one = updated(rows(32), 2, sharding.make_mesh({"data": 1}, jax.devices()[:1]))
+for shape in ({"data": 8}, {"data": 2, "fsdp": 2}):
+    mesh = sharding.make_mesh(shape, jax.devices()[: 8 if len(shape) == 1 else 4])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), updated(rows(32), 2, mesh), one)
+"""
+
+
+def rows(count: int) -> dict[str, np.ndarray]:
+    x = np.random.default_rng(0).normal(size=(count, DIMENSION)).astype(np.float32)
+    return {"x": x, "y": x @ TRUTH + 0.5}
+
+
+def updated(batch, accumulate: int, mesh, recipe=Regression):
+    """Metrics and parameters after two updates."""
+    step = TrainStep(recipe(), optimizer=toy_config(5).optimizer, steps=5, mesh=mesh, accumulate=accumulate)
+    state = step.initial_state()
+    step.compile("toy", state, {}, batch)
+    for _ in range(2):
+        state, metrics, _ = step(state, {}, batch)
+    return jax.device_get((metrics, state.params))
+
+
+class Noiseless(Regression):
+    """Without random numbers, which belong to the micro-batch; with what a recipe may have beside the loss."""
+
+    def loss_fn(self, params, frozen, batch, key):
+        error = batch["x"] @ params["head"]["kernel"] + params["head"]["bias"] - batch["y"]
+        metrics = {"loss/squared": (jnp.sum(error**2), len(error)), "share": (frozen.get("normalisers", 0.0), 1.0)}
+        return jnp.mean(error**2), metrics, batch["x"][:, 0]
+
+    def normalisers(self, batch):
+        return jnp.sum(batch["x"])
+
+    def post_update(self, state, aux):
+        return state
+
+
+def test_the_update_is_that_of_the_whole_batch():
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    (whole, params), (parts, accumulated) = (updated(rows(12), count, mesh, Noiseless) for count in (1, 3))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), accumulated, params)
+    assert parts.pop("share") == (pytest.approx(rows(12)["x"].sum(), rel=1e-5), 3)  # a third for each of three
+    assert whole.pop("share") == (0, 1)  # not needed
+    np.testing.assert_allclose(parts["loss/squared"], whole["loss/squared"], rtol=1e-5)
+    assert parts.keys() == whole.keys()
+    for name, (total, count) in parts.items():
+        assert total / count == pytest.approx(whole[name][0] / whole[name][1], rel=1e-5), name
+
+
+def test_a_recipe_s_third_values_are_joined():
+    seen = []
+
+    class Seen(Noiseless):
+        def post_update(self, state, aux):
+            seen.append(aux.shape)
+            return state
+
+    updated(rows(12), 3, make_mesh({"data": 1}, jax.devices()[:1]), Seen)
+    assert seen == [(12,)]
+
+
+def test_micro_batches_take_turns():
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    batch = {"x": jnp.arange(6), "y": jnp.arange(12).reshape(6, 2)}
+    parts = jax.jit(lambda batch: micro_batches(batch, 3, mesh))(batch)
+    assert parts["x"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert parts["y"][1].tolist() == [[2, 3], [8, 9]]
+    with pytest.raises(UserError, match=r"batch of 6 .* 1 devices and there into 4 micro-batches"):
+        micro_batches(batch, 4, mesh)
+
+
+def test_a_batch_that_cannot_be_split_names_the_sizes_that_can():
+    message = (
+        r"a batch of 8 cannot be split over 2 devices and there into 3 micro-batches \(train\.accumulate\); .* 6 or 12"
+    )
+    with pytest.raises(UserError, match=message):
+        check_batch_size(8, 2, 3)
+    check_batch_size(12, 2, 3)
+
+
+def test_eight_devices_accumulate_like_one():
+    here = Path(__file__).parent
+    paths = os.pathsep.join(map(str, (here, here.parent, here.parents[1])))
+    environment = os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", EIGHT_DEVICES], check=True, env=environment)
