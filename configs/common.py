@@ -59,6 +59,8 @@ def base(arguments: FrozenConfigDict, file: str) -> ConfigDict:
     config.embedding_dim = 128  # of the projection head (chosen)
     config.runtime = {"compilation_cache": placeholder(str), "debug_nans": False, "xla_flags": ""}
     config.mesh = {"data": -1, "fsdp": 1}
+    # Several processes: "auto" (SLURM, Open MPI, Kubernetes, TPU pods), or HOST:PORT of process 0 with the two numbers.
+    config.distributed = {"coordinator": "", "num_processes": 0, "process_id": -1, "timeout": 300}  # seconds
     config.init = {"teacher": "", "student": ""}  # folders of converted weights; empty: fresh
     config.model = {"teacher": {"name": "student_l"}, "student": {"name": "student_s"}}
     config.data = {
