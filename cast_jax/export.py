@@ -13,20 +13,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from cast_jax.core.annotations import Category
+from cast_jax.core.distributed import is_first
 from cast_jax.core.errors import UserError
 from cast_jax.core.files import atomic_write, read_json, write_json
 from cast_jax.core.rules import named_leaves
+from cast_jax.core.sharding import whole
 from cast_jax.models.functional import Params
 
 
 def save_weights(path: Path, params: Params, model: dict[str, Any], categories: Sequence[Category]) -> None:
     """Writes parameters under their path names (``encoder/blocks/0/...``); config.json holds the model's sizes.
 
-    The weights come last, so that a reader who finds them finds what belongs to them.
+    The weights come last, so that a reader who finds them finds what belongs to them. All processes of a run take part,
+    the first one writes.
     """
+    arrays = {name: whole(leaf) for name, leaf in named_leaves(params).items()}
+    if not is_first():
+        return
     write_json(path.parent / "config.json", model)
     write_json(path.parent / "classes.json", [{"id": category.id, "name": category.name} for category in categories])
-    arrays = {name: np.asarray(jax.device_get(leaf)) for name, leaf in named_leaves(params).items()}
     atomic_write(path, save(arrays, metadata={"format": "cast_jax"}))
 
 

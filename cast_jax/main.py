@@ -10,12 +10,14 @@ from pathlib import Path
 
 from absl import app, flags
 from absl import logging as absl_logging
+from jax.errors import JaxRuntimeError
 from ml_collections import ConfigDict, config_flags
 
 from cast_jax import pipeline
+from cast_jax.core import distributed
 from cast_jax.core.errors import DivergedError, UserError
 from cast_jax.core.logging import setup_logging
-from cast_jax.core.runtime import setup
+from cast_jax.core.runtime import platform_notes, setup
 from cast_jax.preflight import make_workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command continues what is there.")
@@ -23,6 +25,8 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: configs/
 
 # A field of a model: not in the configuration unless it differs from what the model's name says.
 _MODEL_FIELD = re.compile(r"--config\.model\.(\w+)\.([\w.]+)=(.*)", re.DOTALL)
+
+_AGAIN = "start all processes again with the same command to continue"
 
 logger = logging.getLogger("cast_jax.main")  # run as a program, __name__ is "__main__"
 
@@ -34,13 +38,30 @@ def main(argv: list[str]) -> None:
     workdir, config = Path(_WORKDIR.value or ""), _CONFIG.value.to_dict()
     absl_logging.set_verbosity(absl_logging.WARNING)
     try:
+        setup(config["runtime"])
+        distributed.initialize(config["distributed"])
         make_workdir(workdir)
         setup_logging(workdir / "log.txt")
-        setup(config["runtime"])
+        for note in platform_notes():
+            logger.warning("%s", note)
         pipeline.run(config, workdir)
     except (UserError, DivergedError, OSError) as error:
         logger.error("error: %s", error)
-        sys.exit(1)
+        distributed.leave(1)
+    except SystemExit as stopped:  # by a signal
+        distributed.leave(int(stopped.code or 0))
+    except JaxRuntimeError as error:
+        if not distributed.several():
+            raise
+        reason = str(error).splitlines()[0]
+        logger.error("error: another process is gone, or cannot be reached (%s); %s", reason, _AGAIN)
+        distributed.leave(1)
+    except BaseException:
+        if not distributed.several():
+            raise
+        logger.exception("unexpected")
+        distributed.leave(1)
+    distributed.barrier()
 
 
 def run() -> None:

@@ -18,11 +18,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from cast_jax.core import distributed
 from cast_jax.core.annotations import Category
 from cast_jax.core.config import build, to_json
 from cast_jax.core.files import atomic_write, write_json
 from cast_jax.core.logging import environment
-from cast_jax.core.sharding import make_mesh
+from cast_jax.core.sharding import make_mesh, param_shardings
 from cast_jax.data.checks import check_sources
 from cast_jax.data.datasets import Datasets, open_datasets
 from cast_jax.data.pipeline import make_loader
@@ -69,13 +70,16 @@ def run(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     workdir = Path(workdir)
     require_same(config, workdir)
     pipeline = Pipeline(config, workdir)
+    distributed.require_same("the configuration", {**to_json(config), "distributed": None})
     pipeline.check()
+    distributed.barrier()  # nobody looks for an earlier run's results any more
     # Only now is the workdir this configuration's: what had to be mended may be mended in place.
-    write_json(workdir / "config.json", to_json(config))
-    write_json(workdir / "environment.json", environment())
+    if distributed.is_first():
+        write_json(workdir / "config.json", to_json(config))
+        write_json(workdir / "environment.json", environment())
     for name in pipeline.config.order:
         pipeline.run_step(name)
-    return pipeline.summarise()
+    return distributed.agreed(pipeline.summarise() if distributed.is_first() else None)
 
 
 class Pipeline:
@@ -94,7 +98,8 @@ class Pipeline:
     def datasets(self) -> Datasets:
         """The run's sources, less unreadable images where they are to be skipped."""
         data = self.config.data
-        datasets = open_datasets(dataclasses.asdict(data), self.workdir)
+        with distributed.first_alone():
+            datasets = open_datasets(dataclasses.asdict(data), self.workdir)
         report = check_sources(
             datasets.labelled, datasets.unlabelled, datasets.val, data.max_instances, data.on_unreadable
         )
@@ -103,12 +108,13 @@ class Pipeline:
             for name in ("labelled", "unlabelled", "val")
             if (part := getattr(report, name)) is not None
         }
-        for name, source in kept.items():
-            ids = [str(source.record(i).image_id) for i in range(len(source))]
-            atomic_write(self.workdir / "splits" / f"{name}.txt", "\n".join(ids) + "\n")
-        write_json(
-            self.workdir / "classes.json", [dataclasses.asdict(category) for category in self.categories_of(datasets)]
-        )
+        ids = {name: [str(source.record(i).image_id) for i in range(len(source))] for name, source in kept.items()}
+        classes = [dataclasses.asdict(category) for category in self.categories_of(datasets)]
+        distributed.require_same("the images and classes", [ids, classes])
+        if distributed.is_first():
+            for name, listed in ids.items():
+                atomic_write(self.workdir / "splits" / f"{name}.txt", "\n".join(listed) + "\n")
+            write_json(self.workdir / "classes.json", classes)
         return dataclasses.replace(datasets, **kept)
 
     @staticmethod
@@ -151,14 +157,14 @@ class Pipeline:
 
     def _latest(self, names: Iterable[str]) -> str:
         """The first step that has a result."""
-        return next(name for name in names if result(self.workdir, name).exists())
+        return distributed.agreed(next((name for name in names if result(self.workdir, name).exists()), None))
 
     # Trained steps
 
     def train(self, name: str) -> None:
         """Trains a step to its end, with evaluation, export and overlays; does nothing if it is finished."""
         folder, step = self.workdir / name, self.config.steps[name]
-        if finished(folder) and result(self.workdir, name).exists():
+        if distributed.agreed(bool(finished(folder) and result(self.workdir, name).exists())):
             logger.info("%s: finished already", name)
             return
         starts = starting_weights(self.config, name, self.workdir)
@@ -177,7 +183,9 @@ class Pipeline:
                 step.model,
             )
         predictor = self._predictor(recipe.segmenter)
-        with Prefetcher(make_loader(labelled, self._unlabelled(name), self.config.loader_config(name))) as loader:
+        share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        batches = dataclasses.replace(self.config.loader_config(name), **share)
+        with Prefetcher(make_loader(labelled, self._unlabelled(name), batches)) as loader:
             train(
                 recipe,
                 config=self.config.train_config(name),
@@ -225,20 +233,30 @@ class Pipeline:
         path = result(self.workdir, name)
         params, _, _ = load_weights(path)
         segmenter = self.config.segmenter(self.config.steps[name].model, self.categories)
-        return self._predictor(segmenter), merge_weights(segmenter.abstract(), params, (), str(path))
+        params = merge_weights(segmenter.abstract(), params, (), str(path))
+        return self._predictor(segmenter), jax.device_put(params, param_shardings(params, self.mesh))
 
     def _evaluate(self, predictor: Predictor, params: Params, folder: Path) -> dict[str, float]:
-        """Mask AP on the validation images; writes the results and overlays into the step's folder."""
+        """Mask AP on the validation images; writes the results and overlays into the step's folder.
+
+        Each process takes a piece of the images; the first one adds them up.
+        """
         val, evaluator = self.datasets.val, MaskAPEvaluator(self.categories, self.config.evaluate.max_detections)
         shown = set(np.linspace(0, len(val) - 1, min(self.config.evaluate.overlays, len(val))).astype(int).tolist())
-        for index, detections in predictor(params, val, label="evaluating"):
+        pieces = np.array_split(np.arange(len(val)), jax.process_count())
+        for index, detections in predictor(params, val, pieces[jax.process_index()].tolist(), "evaluating"):
             record, truth = val.record(index), val.instances(index)
             evaluator.add(record.image_id, truth.ignore.shape, truth, detections)
             if index in shown:
                 picture = side_by_side(val.image(index), truth, detections, self.categories)
                 save_image(folder / "overlays" / f"{index:05d}.jpg", picture)
-        results = evaluator.write(folder / "evaluation")
-        write_json(folder / "evaluation" / "results.json", results)
+        results = None
+        for other in distributed.gather(evaluator.collected() if distributed.several() else None)[1:]:
+            evaluator.extend(other)
+        if distributed.is_first():
+            results = evaluator.write(folder / "evaluation")
+            write_json(folder / "evaluation" / "results.json", results)
+        results = distributed.agreed(results)
         keys = ("mask_ap", "mask_ap50", "mask_ap75")
         return {key: results[key] for key in keys if results[key] is not None}
 
@@ -251,13 +269,14 @@ class Pipeline:
     def zero_shot(self) -> None:
         """Evaluates the teacher as ``config.init`` gives it, without any training; does nothing if that is done."""
         folder = self.workdir / "zero_shot"
-        if finished(folder):
+        if distributed.agreed(bool(finished(folder))):
             logger.info("zero_shot: finished already")
             return
         segmenter = self.config.segmenter("teacher", self.categories)
         params = segmenter.abstract()
         for start in initial_weights(self.config, "teacher"):
             params = start.merged_into(params, load_weights(start.path)[0])
+        params = jax.device_put(params, param_shardings(params, self.mesh))
         begin = time.monotonic()
         metrics = self._evaluate(self._predictor(segmenter), params, folder)
         seconds = time.monotonic() - begin
@@ -280,22 +299,29 @@ class Pipeline:
             options.max_iou,
             options.shard_size,
         )
-        if not (pending := writer.pending_shards()) and (folder / "stats.json").exists():
+        pending = distributed.agreed([shard.number for shard in writer.pending_shards()])
+        if distributed.agreed(not pending and (folder / "stats.json").exists()):
             logger.info("pseudo_labels/%s: finished already", which)
             return
         predictor, params = self._trained(step)
-        for shard in pending:
-            found = predictor(params, source, list(shard.indices), f"pseudo-labels {which} {shard.number}")
-            writer.write_shard(shard.number, [detections for _, detections in found])
-        statistics = writer.finish()
-        self._contact_sheet(folder)
-        logger.info(
-            "pseudo_labels/%s: %d instances in %d images, %d images without any",
-            which,
-            statistics["instances"],
-            statistics["images"],
-            statistics["empty_images"],
-        )
+        own = pending[jax.process_index() :: jax.process_count()]
+        for number in own + [None] * (-(-len(pending) // jax.process_count()) - len(own)):  # all predict together
+            indices = [] if number is None else list(writer.shard(number).indices)
+            found = list(predictor(params, source, indices, f"pseudo-labels {which} {number}"))
+            if number is not None:
+                writer.write_shard(number, [detections for _, detections in found])
+        distributed.barrier()
+        if distributed.is_first():
+            self._contact_sheet(folder)
+            statistics = writer.finish()
+            logger.info(
+                "pseudo_labels/%s: %d instances in %d images, %d images without any",
+                which,
+                statistics["instances"],
+                statistics["images"],
+                statistics["empty_images"],
+            )
+        distributed.barrier()
 
     def _contact_sheet(self, folder: Path) -> None:
         """A page of the pool's images with their pseudo-labels, evenly spread."""

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from cast_jax.core.annotations import Detections, encode_mask
-from cast_jax.core.sharding import batch_sharding, replicated
+from cast_jax.core.distributed import gather, is_first
+from cast_jax.core.sharding import batch_sharding, make_mesh, own_rows, shard_batch
 from cast_jax.data.pipeline import eval_batches
 from cast_jax.data.sources.base import Source
 from cast_jax.models.functional import Functional, Params
@@ -30,10 +31,11 @@ class Predictor:
     Args:
       segmenter: the model as a pure function.
       image_size: (height, width) that images are fitted into, aspect ratio kept.
-      batch_size: images per step; rounded up to a multiple of the mesh's devices.
+      batch_size: images per step, over all processes; rounded up to a multiple of the mesh's devices.
       max_detections: (query, class) pairs kept an image.
       min_score: detections below are dropped.
-      mesh: devices to share the images; None for one.
+      mesh: devices to share the images; None for one. With several processes all of them predict together, each on its
+        own images; parameters and results of a step lie on the devices of all.
     """
 
     def __init__(
@@ -49,12 +51,10 @@ class Predictor:
         self.segmenter = segmenter
         self.image_size = image_size
         self.max_detections, self.min_score = max_detections, min_score
-        devices = 1 if mesh is None else mesh.size
-        self.batch_size = -(-batch_size // devices) * devices
-        placement: dict[str, Any] = (
-            {} if mesh is None else {"in_shardings": (None, batch_sharding(mesh)), "out_shardings": replicated(mesh)}
-        )
-        self._run = jax.jit(self._forward, **placement)
+        self.mesh = make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
+        self.batch_size = -(-batch_size // self.mesh.size) * self.mesh.size
+        split = batch_sharding(self.mesh)
+        self._run = jax.jit(self._forward, in_shardings=(None, split), out_shardings=split)
 
     def _forward(self, params: Params, images: Any) -> Any:
         prediction = self.segmenter.apply(params, images.astype(jnp.float32) / 255.0)
@@ -65,13 +65,16 @@ class Predictor:
     ) -> Iterator[tuple[int, Detections]]:
         """Yields (index, detections) for every image, in order, with a progress bar on a terminal.
 
-        One batch is computed ahead, so that the device works while the host encodes masks.
+        One batch is computed ahead, so that the device works while the host encodes masks. With several processes,
+        ``indices`` are this one's own images, and all must iterate to the end, even those without any.
         """
-        total = len(source) if indices is None else len(indices)
-        ahead = None
-        with tqdm(total=total, desc=label, unit="image", disable=None, leave=False) as bar:
-            for batch in eval_batches(source, self.image_size, self.batch_size, indices):
-                scored = self._run(params, batch["image"])
+        total, ahead = len(source) if indices is None else len(indices), None
+        size = self.batch_size * len(self.mesh.local_devices) // self.mesh.size
+        most = max(gather(-(-total // size)))
+        with tqdm(total=total, desc=label, unit="image", disable=None if is_first() else True, leave=False) as bar:
+            for batch in eval_batches(source, self.image_size, size, indices, batches=most):
+                with jax.set_mesh(self.mesh):
+                    scored = self._run(params, shard_batch(batch["image"], self.mesh))
                 if ahead is not None:
                     yield from self._detections(*ahead, bar)
                 ahead = batch, scored
@@ -79,7 +82,7 @@ class Predictor:
                 yield from self._detections(*ahead, bar)
 
     def _detections(self, batch: dict[str, np.ndarray], scored: Any, bar: Any) -> Iterator[tuple[int, Detections]]:
-        scored = jax.device_get(scored)
+        scored = own_rows(scored)
         for i, index in enumerate(batch["index"].tolist()):
             if index < 0:
                 continue

@@ -11,6 +11,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from cast_jax.core import distributed
 from cast_jax.core.annotations import Category
 from cast_jax.core.config import differences, to_json
 from cast_jax.core.errors import MissingStepError, UserError
@@ -35,13 +36,17 @@ def make_workdir(workdir: Path) -> None:
     """Makes the folder of a run.
 
     Raises:
-      UserError: it cannot be made, or not be written to.
+      UserError: it cannot be made, or not be written to; or it is not one folder that all processes share.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=workdir).close()
+        with tempfile.NamedTemporaryFile(dir=workdir, prefix=".shared-") as probe:
+            seen = (workdir / distributed.agreed(Path(probe.name).name)).exists()
+            everywhere = all(distributed.gather(seen))
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be written to ({error.strerror}); name another folder") from error
+    if not everywhere:
+        raise UserError(f"--workdir {workdir} must be one folder that all processes of the run share")
 
 
 def require_same(config: Mapping[str, Any], workdir: Path) -> None:
@@ -68,7 +73,7 @@ def require_same(config: Mapping[str, Any], workdir: Path) -> None:
 
 def _settled(config: Mapping[str, Any], begun: set[str]) -> dict[str, Any]:
     """What results depend on: not the step that is asked for, the machine, and what is only looked at."""
-    free = ("step", "file", "runtime", "mesh", "evaluate", "profile")
+    free = ("step", "file", "runtime", "mesh", "distributed", "evaluate", "profile")
     steps = {name: step for name, step in config["steps"].items() if name in begun}
     return {key: value for key, value in config.items() if key not in free} | {"steps": steps}
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from cast_jax.core.annotations import Category
 from cast_jax.core.config import build, check_choices, check_ranges
+from cast_jax.core.distributed import DistributedConfig
 from cast_jax.core.errors import UserError
 from cast_jax.core.optim import OptimizerConfig
 from cast_jax.core.profiling import ProfileConfig
@@ -163,6 +164,7 @@ class RunConfig:
     init: Mapping[str, str | Mapping[str, str]] = dataclasses.field(default_factory=dict)
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
     runtime: Mapping[str, str | bool | None] = dataclasses.field(default_factory=dict)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     pseudo_labels: PseudoLabelConfig = dataclasses.field(default_factory=PseudoLabelConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool
 from cast_jax.core import metrics as metric
 from cast_jax.core.checkpoint import Checkpoints, TrainState
 from cast_jax.core.config import check_ranges
+from cast_jax.core.distributed import StopTogether, agreed, is_first
 from cast_jax.core.errors import DataError, DivergedError, UserError
 from cast_jax.core.files import read_json, write_json
 from cast_jax.core.logging import MetricsWriter, read_metrics
@@ -41,7 +42,7 @@ class Loader(Protocol):
         ...
 
     def get_state(self) -> Any:
-        """The position after the batch that was returned last, as bytes or a JSON value."""
+        """The position after the batch that was returned last, as bytes or a JSON value, the same in all processes."""
         ...
 
     def set_state(self, state: Any) -> None:
@@ -153,15 +154,17 @@ def train(
 
     Raises:
       DivergedError: a loss or gradient became NaN or infinite. Nothing is saved from that step on.
-      SystemExit: code 128 + signal after SIGTERM or SIGINT, once the current step is saved.
+      SystemExit: code 128 + signal after SIGTERM or SIGINT, once the current step is saved; of several processes,
+        all stop after the same step if one of them gets a signal.
       UserError: a configuration, checkpoint or initial parameters that do not fit.
     """
     folder = Path(folder)
-    name, done, run = folder.name, finished(folder), make_step(recipe, config)
+    name, done, run = folder.name, agreed(finished(folder)), make_step(recipe, config)
     with (
         Checkpoints(folder / "checkpoints", keep=config.keep, best_metric=config.best_metric) as checkpoints,
         StopSignals() as stop,
     ):
+        stop_together = StopTogether(RUN_AHEAD)
         if (found := max(checkpoints.latest() or 0, done["step"] if done else 0)) > config.steps or (
             done and done["step"] != config.steps
         ):
@@ -205,23 +208,23 @@ def train(
                 pending.add(step, metrics, finite)
                 record.add(metrics)
                 progress.update(step)
-                stopping, last = stop.received is not None, step == config.steps
+                stopping, last = stop_together(step, stop.received), step == config.steps
                 if step % config.log_every == 0 or last:
                     pending.settle()
                     progress.show(record.write(step, images, watch.read()))
-                if step % config.save_every == 0 or judge.due(step) or last or stopping:
+                if step % config.save_every == 0 or judge.due(step) or last or stopping is not None:
                     pending.settle()
                     with watch.measure("save"):
                         checkpoints.save(state, loader.get_state(), {"images": images, "seconds": watch.read()})
-                if stopping:
+                if stopping is not None:
                     logger.warning("%s: saved step %d; run the same command again to continue", name, step)
-                    stop.exit_if_received()
+                    raise SystemExit(128 + stopping)
                 judge(step, state)
         writer.close()
         if export is not None:
             export(_shown(state, config), "last")
         evaluation = checkpoints.evaluations().get(config.steps, {})
-    done = _finish(folder, config.steps, evaluation, images, watch.read())
+    done = agreed(_finish(folder, config.steps, evaluation, images, watch.read()) if is_first() else None)
     logger.info("%s: finished, %s, %.1f images/s", name, clock(done["seconds"]), done["images_per_second"])
     return _result(_shown(state, config), done)
 
@@ -343,8 +346,7 @@ def _finish(folder: Path, step: int, evaluation: dict[str, float], images: int, 
         "images": images,
         "images_per_second": images / max(training_seconds(seconds), 1e-9),
     }
-    if jax.process_index() == 0:
-        write_json(folder / "done.json", done)
+    write_json(folder / "done.json", done)
     return done
 
 

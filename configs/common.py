@@ -71,6 +71,8 @@ def base(arguments: FrozenConfigDict, file: str) -> ConfigDict:
     config.runtime = {"compilation_cache": placeholder(str), "debug_nans": False, "xla_flags": ""}
     config.mesh = {"data": -1, "fsdp": 1}
     config.profile = {"start": 10, "steps": 0}  # trace so many updates of each trained step, after the first ten
+    # Several processes: "auto" (SLURM, Open MPI, Kubernetes, TPU pods), or HOST:PORT of process 0 with the two numbers.
+    config.distributed = {"coordinator": "", "num_processes": 0, "process_id": -1, "timeout": 300}  # seconds
     config.init = {"teacher": "", "student": ""}  # folders of converted weights; empty: fresh
     config.model = {"teacher": {"name": "student_l"}, "student": {"name": "student_s"}}
     config.data = {

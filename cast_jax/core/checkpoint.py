@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import json
 import logging
 import math
 import shutil
@@ -17,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Int
 
+from cast_jax.core.distributed import agreed, barrier, gather, is_first
 from cast_jax.core.errors import UserError
 from cast_jax.core.files import read_json, write_json
 from cast_jax.core.rules import named_leaves, nearest
@@ -78,6 +76,9 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(max(logging.WARNING, logging.getLogger("absl").level))
         options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        path = self.folder / EVALUATIONS
+        stored = agreed(read_json(path) if path.exists() else {})
+        self._evaluations: dict[int, dict[str, float]] = {int(step): metrics for step, metrics in stored.items()}
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -109,28 +110,28 @@ class Checkpoints:
 
     def evaluations(self) -> dict[int, dict[str, float]]:
         """The recorded metrics by step."""
-        path = self.folder / EVALUATIONS
-        return {int(step): metrics for step, metrics in read_json(path).items()} if path.exists() else {}
+        return dict(self._evaluations)
 
     def record_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Stores the evaluation of ``step``."""
         if self.best_metric is not None and self.best_metric not in metrics:
             raise UserError(f"best_metric {self.best_metric!r} is not evaluated; {nearest(self.best_metric, metrics)}")
-        self._write_evaluations(self.evaluations() | {step: metrics})
+        self._write_evaluations(self._evaluations | {step: metrics})
 
     def save(self, state: TrainState, loader_state: Any, metadata: dict[str, Any]) -> None:
         """Saves ``state`` under its step unless it is there, and removes what need not be kept.
 
-        ``loader_state`` is bytes or a JSON value. Returns once ``state`` may be donated: orbax then holds host copies,
-        or on a CPU views, which jax does not let a donating step overwrite. The writing goes on in the background. Old
-        checkpoints go when the next save begins, so that there is a whole one at any time.
+        ``loader_state`` is bytes or a JSON value, the same in all processes. Returns once ``state`` may be donated:
+        orbax then holds host copies, or on a CPU views, which jax does not let a donating step overwrite. The writing
+        goes on in the background. Old checkpoints go when the next save begins, so that there is a whole one at any
+        time.
         """
         step = int(state.step)
         if step in self.steps():
             return
         self._manager.wait_until_finished()
         self._prune()
-        record = {"metadata": metadata, "loader": _gather(loader_state), "shapes": _shapes(state)}
+        record = {"metadata": metadata, "loader": _to_json(loader_state), "shapes": _shapes(state)}
         items = {"state": ocp.args.StandardSave(state), "record": ocp.args.JsonSave(record)}
         self._manager.save(step, args=ocp.args.Composite(**items))
 
@@ -142,20 +143,16 @@ class Checkpoints:
         :class:`UserError` if none can be read, or if the parameters are those of another configuration.
         """
         unreadable: list[int] = []
-        for step in reversed(self.steps()):
-            try:
-                restored = self._read(step, like)
-            except UserError:
-                raise
-            except Exception as error:  # orbax and tensorstore raise many types for a damaged file
-                reason = str(error).strip().split("\n")[0][:200]
-                logger.warning("checkpoint %d in %s cannot be read (%s)", step, self.folder, reason)
+        for step in reversed(agreed(self.steps())):
+            restored, reason = self._try_to_read(step, like)
+            if reasons := list(filter(None, gather(reason))):
+                logger.warning("checkpoint %d in %s cannot be read (%s)", step, self.folder, reasons[0])
                 unreadable.append(step)
                 continue
             if unreadable:
                 logger.warning("continuing from checkpoint %d instead", step)
                 self._set_aside(unreadable)
-            self._write_evaluations({at: metrics for at, metrics in self.evaluations().items() if at <= step})
+            self._write_evaluations({at: metrics for at, metrics in self._evaluations.items() if at <= step})
             return restored
         if unreadable:
             raise UserError(
@@ -165,17 +162,27 @@ class Checkpoints:
         self._write_evaluations({})
         return None
 
+    def _try_to_read(self, step: int, like: TrainState) -> tuple[Restored | None, str]:
+        """The checkpoint, or why it cannot be read."""
+        try:
+            return self._read(step, like), ""
+        except UserError:
+            raise
+        except Exception as error:  # orbax and tensorstore raise many types for a damaged file
+            return None, str(error).strip().split("\n")[0][:200] or type(error).__name__
+
     def _read(self, step: int, like: TrainState) -> Restored:
         record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
         _check_shapes(record["shapes"], _shapes(like), self.folder / str(step))
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         state = self._manager.restore(step, args=arguments)["state"]
-        return Restored(state, _own_part(record["loader"], self.folder / str(step)), record["metadata"])
+        return Restored(state, _from_json(record["loader"]), record["metadata"])
 
     def _write_evaluations(self, evaluations: dict[int, dict[str, float]]) -> None:
-        if evaluations != self.evaluations() and jax.process_index() == 0:
+        if evaluations != self._evaluations and is_first():
             write_json(self.folder / EVALUATIONS, {str(step): metrics for step, metrics in evaluations.items()})
+        self._evaluations = evaluations
 
     def _prune(self) -> None:
         steps = self.steps()
@@ -184,11 +191,11 @@ class Checkpoints:
                 self._manager.delete(old)
 
     def _set_aside(self, steps: list[int]) -> None:
-        for step in steps if jax.process_index() == 0 else ():
+        for step in steps if is_first() else ():
             target = self.folder / f"unreadable-{step}"
             shutil.rmtree(target, ignore_errors=True)
             (self.folder / str(step)).rename(target)
-        multihost_utils.sync_global_devices(f"set aside {steps}")
+        barrier()
         self._manager.reload()
 
 
@@ -213,26 +220,10 @@ def _check_shapes(saved: dict[str, str], wanted: dict[str, str], path: Path) -> 
         )
 
 
-def _gather(loader_state: Any) -> list[Any]:
-    """The JSON form of every process's loader state, in the order of processes."""
-    own = json.dumps(
-        {"base64": base64.b64encode(loader_state).decode()} if isinstance(loader_state, bytes) else loader_state
-    )
-    if jax.process_count() == 1:
-        return [own]
-    encoded = np.frombuffer(own.encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.asarray(len(encoded)))
-    padded = np.zeros(int(lengths.max()), np.uint8)
-    padded[: len(encoded)] = encoded
-    rows = multihost_utils.process_allgather(padded)
-    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
+def _to_json(loader_state: Any) -> Any:
+    encoded = isinstance(loader_state, bytes)
+    return {"base64": base64.b64encode(loader_state).decode()} if encoded else loader_state
 
 
-def _own_part(gathered: list[str], path: Path) -> Any:
-    if len(gathered) != jax.process_count():
-        logger.warning(
-            "%s: saved by %d processes, now %d: the data starts anew", path, len(gathered), jax.process_count()
-        )
-        return None
-    value = json.loads(gathered[jax.process_index()])
+def _from_json(value: Any) -> Any:
     return base64.b64decode(value["base64"]) if isinstance(value, dict) and set(value) == {"base64"} else value

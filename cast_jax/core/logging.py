@@ -16,6 +16,7 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from cast_jax.core.distributed import is_first
 from cast_jax.core.files import atomic_write
 
 PACKAGES = ("cast_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pycocotools")
@@ -37,12 +38,12 @@ def setup_logging(path: Path | None = None, *, level: int = logging.INFO) -> log
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
-    logger.setLevel(logging.DEBUG if jax.process_index() == 0 else logging.WARNING)
+    logger.setLevel(logging.DEBUG if is_first() else logging.WARNING)
     logger.propagate = False
     console = _ConsoleHandler(level)
-    console.setFormatter(logging.Formatter("%(message)s"))
+    console.setFormatter(logging.Formatter("%(message)s" if is_first() else f"[{jax.process_index()}] %(message)s"))
     logger.addHandler(console)
-    if path is not None and jax.process_index() == 0:
+    if path is not None and is_first():
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
@@ -65,7 +66,7 @@ class MetricsWriter:
         self._events: SummaryWriter | None = None
         self._file = None
         self._present: set[tuple[int, frozenset[str]]] = set()
-        if jax.process_index():
+        if not is_first():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = [line for line in read_metrics(self.path) if line["step"] <= step]

@@ -8,8 +8,9 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 
-import jax
 from tqdm import tqdm
+
+from cast_jax.core.distributed import is_first
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class Progress:
         self._first = self._last = time.monotonic()
         self._values: dict[str, float] = {}
         terminal = sys.stderr.isatty() if terminal is None else terminal
-        self._silent = jax.process_index() != 0
+        self._silent = not is_first()
         self._bar = tqdm(total=total, initial=start, desc=name) if terminal and not self._silent else None
 
     def __enter__(self) -> Progress:

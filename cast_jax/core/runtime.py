@@ -51,8 +51,6 @@ def setup(config: Mapping[str, Any] | None = None) -> None:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     jax.config.update("jax_debug_nans", bool(settings["debug_nans"]))
-    for note in platform_notes():
-        logger.warning("%s", note)
 
 
 def default_cache_folder() -> Path:

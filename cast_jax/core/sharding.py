@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -27,9 +28,13 @@ SMALL = 2**14  # elements: below it, gathering a shard costs more than the memor
 
 
 def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of ``{"data": -1, "fsdp": 1}``; one axis may be -1, which stands for all remaining devices."""
+    """The mesh of ``{"data": -1, "fsdp": 1}``; one axis may be -1, which stands for all remaining devices.
+
+    The devices of a process lie beside each other: they share its part of a batch, and ``fsdp`` stays within a machine
+    where it can.
+    """
     sizes = {"data": -1, "fsdp": 1} | dict(shape or {})
-    devices = list(jax.devices() if devices is None else devices)
+    devices = sorted(jax.devices() if devices is None else devices, key=lambda device: device.process_index)
     if unknown := set(sizes) - set(AXES):
         raise UserError(f"mesh: unknown axes {sorted(unknown)}; known: {', '.join(AXES)}")
     free = [axis for axis in AXES if sizes[axis] == -1]
@@ -102,6 +107,23 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)  # in one call: a third of the host time of one call a leaf
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch)
+
+
+def own_rows(tree: Any) -> Any:
+    """This process's rows of arrays that lie as :func:`batch_sharding` says, as host arrays."""
+
+    def rows(leaf: Array) -> np.ndarray:
+        shards = sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+        return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+    return jax.tree.map(rows, tree)
+
+
+def whole(leaf: Array | np.ndarray) -> np.ndarray:
+    """A host copy of an array, even one spread over several processes, which then must all ask for it."""
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(leaf)
 
 
 def batch_axes() -> tuple[str, ...]:

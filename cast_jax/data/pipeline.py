@@ -1,7 +1,8 @@
 """Batches for training and evaluation: read, cut into views, stacked, at the same place of the stream after a restart.
 
-Training batches are random access: batch ``n`` of a process is a function of (seed, n) alone. The state of a loader is
-therefore just the number of its next batch, whatever the number of threads or worker processes.
+Training batches are random access: batch ``n`` is a function of (seed, n) alone, and each process of a run makes its
+part of it. The state of a loader is therefore just the number of its next batch, whatever the number of threads, worker
+processes or processes of the run.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import grain
@@ -38,12 +39,12 @@ class LoaderConfig:
     Attributes:
       view: the views' geometry, colours, size and number of instance slots.
       views: which views a group has: one or both of "weak" and "strong".
-      batch_labelled, batch_unlabelled: images of each kind in a batch *of this process*.
+      batch_labelled, batch_unlabelled: images of each kind in a batch, over all processes.
       seed: of the order of the images and of all views.
       num_threads: threads that make batches (in each worker process, if there are any).
       num_workers: worker processes; 0 makes batches in this process. Worth it from about eight cores on.
       prefetch: batches made ahead of the one that is asked for (by each worker).
-      process_index, process_count: the share of the images that this process of a multi-process run reads.
+      process_index, process_count: which part of every batch this process of the run makes.
     """
 
     view: ViewConfig
@@ -66,10 +67,15 @@ class LoaderConfig:
             raise UserError(f"views is {self.views}; choose one or both of {VIEW_NAMES}")
         if not 0 <= self.process_index < self.process_count:
             raise UserError(f"process_index {self.process_index} is not below process_count {self.process_count}")
+        for name in ("batch_labelled", "batch_unlabelled"):
+            if getattr(self, name) % self.process_count:
+                raise UserError(
+                    f"{name} is {getattr(self, name)}; it must be a multiple of the {self.process_count} processes"
+                )
 
 
 def make_loader(labelled: Source | None, unlabelled: Source | None, config: LoaderConfig) -> Loader:
-    """An endless stream of batches ``{"labelled": group, "unlabelled": group}`` of NumPy arrays.
+    """An endless stream of (this process's part of) batches ``{"labelled": group, "unlabelled": group}`` of arrays.
 
     A group is :func:`cast_jax.data.views.make_views`'s with a leading batch axis; a kind with batch size 0 is absent.
     Each kind is shuffled anew in every epoch and every image is seen once per epoch, across all processes; a batch may
@@ -91,16 +97,24 @@ def make_loader(labelled: Source | None, unlabelled: Source | None, config: Load
             continue
         if source is None or len(source) == 0:
             raise DataError(f"there are no {kind} images, but data.batch_{kind} is {count}: add images or set it to 0")
-        streams[kind] = (_stream(source, config, seed), count)
+        share = count // config.process_count
+        # Random numbers belong to the place in the global stream. The rows of a batch are cut into one piece a process,
+        # so that the batch that these make together does not depend on their number.
+        places = range(config.process_index * share, (config.process_index + 1) * share)
+        streams[kind] = _Stream(_stream(source, config, seed), count, places)
     return Loader(grain.MapDataset.range(_ENDLESS).map(_MakeBatch(streams)), config)
 
 
 def _stream(source: Source, config: LoaderConfig, seed: int) -> grain.MapDataset:
-    """The endless sequence of this process's groups of one kind, in random access."""
+    """The endless sequence of the groups of one kind, in random access."""
     indices = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    # Random numbers belong to the position in the global stream; the processes then share that stream out.
-    groups = indices.random_map(_MakeGroup(source, config.view, config.views))
-    return groups[config.process_index :: config.process_count]
+    return indices.random_map(_MakeGroup(source, config.view, config.views))
+
+
+class _Stream(NamedTuple):
+    groups: grain.MapDataset
+    batch: int
+    places: range  # in a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +132,12 @@ class _MakeGroup(grain.transforms.RandomMap):
 
 @dataclasses.dataclass(frozen=True)
 class _MakeBatch(grain.transforms.Map):
-    streams: dict[str, tuple[grain.MapDataset, int]]
+    streams: dict[str, _Stream]
 
     def map(self, element: int) -> Batch:
         return {
-            kind: _stack([stream[element * count + slot] for slot in range(count)])
-            for kind, (stream, count) in self.streams.items()
+            kind: _stack([stream.groups[element * stream.batch + place] for place in stream.places])
+            for kind, stream in self.streams.items()
         }
 
 
@@ -134,8 +148,8 @@ def _stack(items: Sequence[Any]) -> Any:
 class Loader(Iterator[Batch]):
     """Batches made ahead of their use; ``get_state``/``set_state`` name the next one.
 
-    The state ``{"next_batch": n}`` is JSON. It counts batches: it means the same place for any number of threads and
-    workers, but not for other batch sizes or another number of processes.
+    The state ``{"next_batch": n}`` is JSON. It counts batches: it means the same place for any number of threads,
+    workers and processes, but not for other batch sizes.
     """
 
     def __init__(self, batches: grain.MapDataset, config: LoaderConfig):
@@ -194,6 +208,7 @@ def eval_batches(
     batch_size: int,
     indices: Sequence[int] | None = None,
     num_threads: int = 4,
+    batches: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every image once, in order: ``image`` uint8 ``[B, H, W, 3]``, ``valid_box`` float32 ``[B, 4]``, ``index`` int32
     ``[B]`` and ``original_size`` int32 ``[B, 2]`` (height, width).
@@ -203,15 +218,20 @@ def eval_batches(
 
     Args:
       indices: the images to take, all by default.
+      batches: at least so many, the last ones of black images only: processes that compute together need equally many.
     """
     wanted = list(range(len(source))) if indices is None else [int(index) for index in indices]
+    batches = max(batches, -(-len(wanted) // batch_size))
+    wanted += [-1] * (batches * batch_size - len(wanted))
+    padding = _eval_item(np.zeros((*image_size, 3), np.uint8), np.zeros(4, np.float32), -1, (0, 0))
 
     def read(index: int) -> dict[str, np.ndarray]:
+        if index < 0:
+            return padding
         image = source.image(index)
         canvas, box, _ = eval_view(image, image_size)
         return _eval_item(canvas, box, index, image.shape[:2])
 
-    padding = _eval_item(np.zeros((*image_size, 3), np.uint8), np.zeros(4, np.float32), -1, (0, 0))
     with ThreadPoolExecutor(num_threads, thread_name_prefix="eval-images") as pool:
         # executor.map would read the whole source at once.
         remaining = iter(wanted)
@@ -222,7 +242,7 @@ def eval_batches(
                 while pending and len(items) < batch_size:
                     items.append(pending.popleft().result())
                     pending.extend(pool.submit(read, index) for index in itertools.islice(remaining, 1))
-                yield _stack(items + [padding] * (batch_size - len(items)))
+                yield _stack(items)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -95,13 +95,17 @@ class PseudoLabelWriter:
         shards = _shards(self.manifest)
         return [shard for shard in shards if not (self.folder / _shard_name(shard.number)).exists()]
 
+    def shard(self, number: int) -> Shard:
+        """The shard of this number."""
+        return _shards(self.manifest)[number]
+
     def write_shard(self, number: int, detections: Sequence[Detections]) -> None:
         """Writes shard ``number`` from the detections of its images, in their order.
 
         Raises:
           ValueError: there are not as many detections as images, or a mask's size is not its image's.
         """
-        indices = _shards(self.manifest)[number].indices
+        indices = self.shard(number).indices
         if len(detections) != len(indices):
             raise ValueError(f"shard {number} has {len(indices)} images, not {len(detections)}")
         lines = [json.dumps(self._line(index, found)) for index, found in zip(indices, detections, strict=True)]

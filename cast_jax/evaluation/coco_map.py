@@ -79,6 +79,25 @@ class MaskAPEvaluator:
             annotation = _annotation(len(self._detections) + 1, image, int(label), rle)
             self._detections.append(annotation | {"score": float(score)})
 
+    def collected(self) -> dict[str, Any]:
+        """What was added so far as JSON values, for :meth:`extend` of another process's evaluator."""
+        return {"images": list(self._images.items()), "truth": self._truth, "detections": self._detections}
+
+    def extend(self, collected: dict[str, Any]) -> None:
+        """Adds the images that another evaluator :meth:`collected`, after its own.
+
+        Raises:
+          DataError: an image is here already.
+        """
+        first = len(self._images)
+        for image_id, image in collected["images"]:
+            self._require_new(image_id)
+            self._images[image_id] = image | {"id": first + image["id"]}
+        for known, more in ((self._truth, collected["truth"]), (self._detections, collected["detections"])):
+            start = len(known)
+            known += [item | {"id": start + item["id"], "image_id": first + item["image_id"]} for item in more]
+        self._evaluated = None
+
     def results(self) -> dict[str, Any]:
         """Average precision in percent; ``None`` where there is no ground truth to find.
 
@@ -133,8 +152,7 @@ class MaskAPEvaluator:
     def _check(
         self, image_id: int | str, size: tuple[int, int], ground_truth: Instances, detections: Detections
     ) -> None:
-        if image_id in self._images:
-            raise DataError(f"image {image_id!r} was added twice; image ids must be unique in a dataset")
+        self._require_new(image_id)
         sizes = {tuple(ground_truth.masks.shape[1:]), tuple(ground_truth.ignore.shape)}
         sizes |= {tuple(rle["size"]) for rle in detections.rles}
         if sizes != {tuple(size)}:
@@ -147,6 +165,10 @@ class MaskAPEvaluator:
             )
         if not np.isfinite(detections.scores).all():
             raise DataError(f"image {image_id!r}: a detection's score is not finite")
+
+    def _require_new(self, image_id: int | str) -> None:
+        if image_id in self._images:
+            raise DataError(f"image {image_id!r} was added twice; image ids must be unique in a dataset")
 
     def _add_truth(self, image: int, label: int, rle: dict[str, Any], crowd: bool) -> None:
         annotation = _annotation(len(self._truth) + 1, image, label, rle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import threading
 from pathlib import Path
@@ -142,15 +143,12 @@ def test_labelled_and_unlabelled_images_meet_different_chances():
         assert (labelled != unlabelled).any(axis=(1, 2)).all()
 
 
-def test_processes_share_the_stream_out():
+def test_processes_share_every_batch_out():
     one = take(make_loader(Memory(5), None, config(view=VARIED_VIEW, batch_labelled=4)), 4)
-    two = [
-        take(make_loader(Memory(5), None, config(view=VARIED_VIEW, process_index=index, process_count=2)), 4)
-        for index in (0, 1)
-    ]
-    for step in range(4):
-        for index in (0, 1):
-            assert_same(two[index][step], jax.tree.map(lambda leaf, first=index: leaf[first::2], one[step]))
+    shared = config(view=VARIED_VIEW, batch_labelled=4, process_count=2)
+    two = [take(make_loader(Memory(5), None, dataclasses.replace(shared, process_index=index)), 4) for index in (0, 1)]
+    for parts, whole in zip(zip(*two, strict=True), one, strict=True):
+        assert_same(jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts), whole)
 
 
 @pytest.mark.parametrize(("threads", "prefetch"), [(1, 1), (3, 4)])
@@ -214,6 +212,7 @@ def test_missing_images_are_refused_before_the_first_batch():
         ({"prefetch": 0}, r"^prefetch"),
         ({"views": ("medium",)}, r"^views"),
         ({"process_index": 2, "process_count": 2}, "process_index 2"),
+        ({"batch_labelled": 3, "process_count": 2}, r"^batch_labelled is 3; it must be a multiple of the 2 processes"),
     ],
 )
 def test_wrong_numbers_are_named(changes, message):
@@ -243,6 +242,12 @@ def test_eval_batches_pass_once_in_order_and_fill_the_last():
         "index": "int32",
         "original_size": "int32",
     }
+
+
+def test_eval_batches_as_many_as_another_process_has():
+    batches = list(eval_batches(Memory(5), (8, 8), 2, indices=[1], batches=3))
+    assert [batch["index"].tolist() for batch in batches] == [[1, -1], [-1, -1], [-1, -1]]
+    assert not batches[2]["image"].any()
 
 
 def test_eval_batches_of_some_images_and_of_none():
