@@ -283,7 +283,8 @@ class Pipeline:
         logger.info("zero_shot: %s", "  ".join(f"{key} {value:.2f}" for key, value in metrics.items()))
         done = {"step": 0, "metrics": {f"evaluation/{key}": value for key, value in metrics.items()}}
         rate = len(self.datasets.val) / seconds
-        write_json(folder / "done.json", done | {"seconds": seconds, "images_per_second": rate})
+        if distributed.is_first():
+            write_json(folder / "done.json", done | {"seconds": seconds, "images_per_second": rate})
 
     def pseudo_label(self, which: str) -> None:
         """Labels the unlabelled pool with the finetuned or adapted teacher, shard by shard."""
