@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from cast_jax.models.layers import LayerScale, drop_path, dropout, sine_position_encoding
+from cast_jax.models.layers import LayerScale, drop_path, dropout, rematerialise, sine_position_encoding
 
 
 def test_dropout_keeps_the_mean_and_the_zeros_at_the_rate():
@@ -60,3 +61,30 @@ def test_sine_position_encoding_temperature_and_errors():
     assert np.abs(warm[..., 2:4] - cold[..., 2:4]).max() > 0.1
     with pytest.raises(ValueError, match="multiple of 4"):
         sine_position_encoding(4, 4, 6)
+
+
+def test_rematerialised_blocks_of_several_arrays():
+    """Values and gradients of the block itself, also towards parameters and arrays beside booleans."""
+
+    class Block(nnx.Module):
+        def __init__(self):
+            self.linear = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+
+        def __call__(self, features, key):
+            values, extra = features
+            return jnp.tanh(self.linear(values)) + extra["added"], jnp.where(extra["mask"], values, 0.0)
+
+    graph, state = nnx.split(Block())
+    values, added = jnp.arange(6.0).reshape(2, 3), jnp.ones((2, 3))
+    mask = jnp.arange(6).reshape(2, 3) % 2 == 0
+
+    def loss(again: bool):
+        def compute(state, values, added):
+            block = nnx.merge(graph, state)
+            features = (values, {"added": added, "mask": mask})
+            first, second = rematerialise(block, features, None) if again else block(features, None)
+            return jnp.sum(first**2) + jnp.sum(second**3)
+
+        return jax.jit(jax.value_and_grad(compute, argnums=(0, 1, 2)))(state, values, added)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), loss(again=True), loss(again=False))
