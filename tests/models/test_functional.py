@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from cast_jax.core.rules import named_leaves
 from cast_jax.models.functional import Functional, count_parameters
 from cast_jax.models.registry import build_segmenter
 
@@ -53,6 +54,17 @@ def test_apply_is_the_module():
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
     # Nothing stays behind in the function.
     np.testing.assert_array_equal(toy.apply(jax.tree.map(jnp.zeros_like, params), X), 0.0)
+
+
+def test_fresh_parameters_are_the_module_s_own():
+    """What nnx makes by itself."""
+    key = jax.random.key(3)
+    _, state = nnx.split(Toy(nnx.Rngs(params=key)))
+    own = {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+    fresh = named_leaves(Functional(Toy).init(key))
+    assert fresh.keys() == own.keys()
+    for name, leaf in fresh.items():
+        np.testing.assert_allclose(leaf, own[name], rtol=1e-6)
 
 
 def test_seeds_and_dropout_keys():
