@@ -182,6 +182,17 @@ class Pipeline:
                 name,
                 step.model,
             )
+        given, used = step.optimizer, self.config.train_config(name).optimizer
+        if used != given:
+            logger.info(
+                "%s: learning rate %.3g for batches of %d images (%s scaling from %.3g for %d)",
+                name,
+                used.learning_rate,
+                used.reference_batch,
+                given.learning_rate_scaling,
+                given.learning_rate,
+                given.reference_batch,
+            )
         predictor = self._predictor(recipe.segmenter)
         share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         batches = dataclasses.replace(self.config.loader_config(name), **share)

@@ -181,11 +181,11 @@ class RunConfig:
         return self.pipeline if self.step == "cast" else (self.step,)
 
     def train_config(self, name: str) -> TrainConfig:
-        """The trainer's settings for a step."""
-        step = self.steps[name]
-        return dataclasses.replace(
-            step.train, optimizer=step.optimizer, seed=self.seed, mesh=self.mesh, profile=self.profile
-        )
+        """The trainer's settings for a step, with its learning rate scaled to its batches."""
+        step, loader = self.steps[name], self.loader_config(name)
+        optimizer = step.optimizer.scaled(loader.batch_labelled + loader.batch_unlabelled)
+        train = dataclasses.replace(step.train, seed=self.seed, mesh=self.mesh, profile=self.profile)
+        return dataclasses.replace(train, optimizer=optimizer)
 
     def loader_config(self, name: str) -> LoaderConfig:
         """What a step's batches hold.

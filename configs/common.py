@@ -115,6 +115,8 @@ def teacher_step(steps: int, **changes) -> dict:
     """A step of the teacher: batch 4, multi-step schedule, weight decay 0.01."""
     optimizer = {
         "learning_rate": 1e-4,  # (chosen: the paper's values were lost)
+        "learning_rate_scaling": "none",  # for other batches than reference_batch: "sqrt" or "linear"
+        "reference_batch": 4,
         "schedule": "multi_step",
         "weight_decay": 0.01,
         "clip_norm": placeholder(float),
@@ -127,6 +129,8 @@ def student_step(steps: int, **changes) -> dict:
     """A step of the student: batch 8, polynomial schedule, weight decay 0.05, clipping at 0.1."""
     optimizer = {
         "learning_rate": 1e-4,
+        "learning_rate_scaling": "none",
+        "reference_batch": 8,
         "schedule": "polynomial",
         "weight_decay": 0.05,
         "clip_norm": 0.1,
@@ -178,7 +182,7 @@ def _step(
             },
         },
         "optimizer": optimizer,
-        "train": {"steps": steps, "log_every": 50, "save_every": 1000, "eval_every": 0, "keep": 2},
+        "train": {"steps": steps, "accumulate": 1, "log_every": 50, "save_every": 1000, "eval_every": 0, "keep": 2},
     }
 
 
@@ -230,6 +234,7 @@ def small_steps(config: ConfigDict, steps: dict[str, int], *, log_every: int, sa
         step = config.steps[name]
         semi = bool(step.pseudo_labels)
         step.data.update({"batch_labelled": 2 if semi else 4, "batch_unlabelled": 2 if semi else 0})
+        step.optimizer.reference_batch = 4
         step.train.update({"steps": count, "log_every": log_every, "save_every": save_every})
 
 

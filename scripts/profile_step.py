@@ -10,6 +10,7 @@ some, and noise otherwise; pseudo-labels are those in the workdir, or else the l
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import statistics
@@ -132,15 +133,15 @@ def first_batch(pipeline: Pipeline, name: str) -> tuple[Any, tuple[Category, ...
 
 def timed(step: TrainStep, state: Any, batch: Any) -> tuple[Any, float]:
     """The state after some updates, and the median of their seconds. As in a run, one is queued while one computes."""
-    ends, waiting = [], None
-    for _ in range(WARM_UP + _STEPS.value + 1):
+    state, _, waiting = step(state, {}, batch)
+    ends = []
+    for _ in range(WARM_UP + _STEPS.value):
         state, _, finite = step(state, {}, batch)
-        if waiting is not None:
-            jax.block_until_ready(waiting)
-            ends.append(time.perf_counter())
+        jax.block_until_ready(waiting)
+        ends.append(time.perf_counter())
         waiting = finite
     jax.block_until_ready(state)
-    return state, statistics.median(after - before for before, after in zip(ends[WARM_UP - 1 :], ends[WARM_UP:]))
+    return state, statistics.median(after - before for before, after in itertools.pairwise(ends[WARM_UP - 1 :]))
 
 
 if __name__ == "__main__":

@@ -108,6 +108,24 @@ def test_the_papers_hyper_parameters():
     assert steps.distill.objective.criterion.num_points == 12_544
 
 
+@pytest.mark.parametrize(("scaling", "factor"), [("none", 1.0), ("sqrt", 2.0), ("linear", 4.0)])
+def test_the_learning_rate_follows_the_images_of_an_update(scaling, factor):
+    config = get_config("cityscapes")
+    config.steps.distill.optimizer.learning_rate_scaling = scaling
+    config.steps.distill.data.update({"batch_labelled": 24, "batch_unlabelled": 8})
+    run = build(RunConfig, config.to_dict(), "config")
+    assert run.train_config("distill").optimizer.learning_rate == pytest.approx(factor * 1e-4)
+    assert run.train_config("refine").optimizer == run.steps["refine"].optimizer
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_reference_batches_are_the_configurations_own(file):
+    run = run_config(file)
+    for name, step in run.steps.items():
+        loader = run.loader_config(name)
+        assert step.optimizer.reference_batch == loader.batch_labelled + loader.batch_unlabelled
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_the_full_size_loss(file):
     """Each trained step's loss and optimiser, traced without allocating anything."""
@@ -206,6 +224,11 @@ def test_arguments_have_types():
         (lambda c: c["steps"]["distill"]["data"].update(views=("weak",)), r"distill.*strong"),
         (lambda c: c["steps"]["distill"]["objective"].update(supervised_views=()), r"distill.*supervised_views"),
         (lambda c: c["steps"]["refine"]["data"].update(batch_labelled=0), "both 0: a batch needs an image"),
+        (
+            lambda c: c["steps"]["refine"]["train"].update(accumulate=3),
+            r"config\.steps\.refine: a batch of 8 cannot be split over 1 devices and there into 3 micro-batches",
+        ),
+        (lambda c: c["model"]["student"].update(encoder={"remat": "all"}), "remat 'all' is unknown; known: none, mlp,"),
     ],
 )
 def test_faults_are_found_before_the_first_step(change, message, tmp_path):

@@ -46,7 +46,7 @@ def instructions(program: Any) -> tuple[str, dict[str, str | None]]:
             origin = re.search(r'metadata=\{[^}]*op_name="([^"]*)"', line)
             runs_others = match["kind"] in _CONTROL and "xla_cpu_small_call" not in line  # that is one kernel
             found[match["name"]] = None if runs_others else origin[1] if origin else ""
-    return re.match(r"HloModule ([\w.-]+)", text)[1], found
+    return text.removeprefix("HloModule ").split(",", 1)[0].split()[0], found
 
 
 def collective_bytes(program: Any) -> dict[str, int]:

@@ -15,8 +15,8 @@ from jax.extend.core import Jaxpr, jaxprs_in_params
 def matrix_flops(jaxpr: Jaxpr) -> Counter[str]:
     """Operations (2 a multiply-add) by name stack, ``jvp(encoder)/mlp``, over all devices.
 
-    Loops count as often as they turn; ``while`` loops, of which that is not known, do not count. Of ``cond`` the dearest
-    branch does. Convolutions count as if nothing were padded.
+    Loops count as often as they turn; ``while`` loops, of which that is not known, do not count. Of ``cond`` the
+    dearest branch does. Convolutions count as if nothing were padded.
     """
     return _count(jaxpr, "", 1)
 
@@ -29,8 +29,8 @@ def _count(jaxpr: Jaxpr, prefix: str, times: int) -> Counter[str]:
         if name in _OPERATIONS:
             found[path] += times * _OPERATIONS[name](equation)
         elif name == "cond":
-            branches = (_count(branch.jaxpr, path, times) for branch in params["branches"])
-            found.update(max(branches, key=lambda branch: branch.total()))
+            branches = [_count(branch.jaxpr, path, times) for branch in params["branches"]]
+            found.update(max(branches, key=Counter.total))
         elif name != "while":
             inner = times
             if name == "scan":

@@ -16,12 +16,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from cast_jax.core.config import check_ranges
+from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.core.rules import match_any, match_rules, named_leaves, unnamed
 
 Named = dict[str, Array]
 Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
+
+SCALINGS = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}  # the power of batch / reference_batch
 
 # Customary since BERT: matrices and convolutions decay; biases, norms, layer scales and learned tables (positions,
 # tokens, queries, levels) do not. In Flax the former are exactly the leaves called "kernel".
@@ -33,7 +35,11 @@ class OptimizerConfig:
     """AdamW (Loshchilov & Hutter 2019) and its schedule.
 
     Attributes:
-      learning_rate: peak, per step, not scaled by the batch size.
+      learning_rate: peak, for batches of ``reference_batch`` images where it is scaled, else for any.
+      learning_rate_scaling: "none"; "linear": times batch / reference_batch (Goyal et al. 2017, for SGD); or "sqrt":
+        times its square root (Malladi et al. 2022, for Adam: of their rule the rate's part, the betas stay). The batch
+        is that of an update, over all devices and micro-batches; warmup and weight decay stay.
+      reference_batch: the images of an update that ``learning_rate`` is meant for.
       schedule: "constant", "multi_step", "polynomial" or "cosine"; each after a linear warmup.
       warmup_steps: the rate is learning_rate * (step + 1) / (warmup_steps + 1) before this step.
       milestones: multi_step only, fractions of the run after which the rate is multiplied by ``decay_factor``.
@@ -46,6 +52,8 @@ class OptimizerConfig:
     """
 
     learning_rate: float = 1e-4
+    learning_rate_scaling: str = "none"
+    reference_batch: int | None = None
     schedule: str = "constant"
     warmup_steps: int = 0
     milestones: tuple[float, ...] = (0.9, 0.95)
@@ -63,9 +71,24 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_ranges(self, learning_rate="(0, inf)", warmup_steps="[0, inf)", milestones="[0, 1]", power="(0, inf)")
         check_ranges(self, decay_factor="[0, inf)", weight_decay="[0, inf)", clip_norm="(0, inf)")
+        check_choices(self, learning_rate_scaling=SCALINGS)
+        check_ranges(self, reference_batch="[1, inf)")
+        if self.learning_rate_scaling != "none" and self.reference_batch is None:
+            raise UserError(
+                f"learning_rate_scaling is {self.learning_rate_scaling!r}, which needs reference_batch: the images of "
+                "an update that learning_rate is meant for"
+            )
         check_ranges(self, b1="[0, 1)", b2="[0, 1)", eps="(0, inf)")
         if faulty := [rule for rule in self.learning_rate_rules if not 0 <= rule[1] < math.inf]:
             raise UserError(f"learning_rate_rules has {faulty[0]}; its multiplier must lie in [0, inf)")
+
+    def scaled(self, batch: int) -> OptimizerConfig:
+        """The same with the learning rate for updates of ``batch`` images."""
+        if self.learning_rate_scaling == "none" or self.reference_batch is None:
+            return self
+        power = SCALINGS[self.learning_rate_scaling]
+        rate = self.learning_rate * (batch / self.reference_batch) ** power
+        return dataclasses.replace(self, learning_rate=rate, reference_batch=batch)
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:

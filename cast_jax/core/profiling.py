@@ -5,12 +5,12 @@ Parts are ``jax.named_scope``s. Their names reach the compiled program's instruc
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import logging
 import re
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def part_of(path: str) -> tuple[str, str]:
     return scope, "recomputed" if again else "backward" if backward else "forward"
 
 
-def by_part(amounts: Counter[str]) -> dict[str, dict[str, float]]:
+def by_part(amounts: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """Amounts by operation name, added up by scope and phase."""
     found: dict[str, dict[str, float]] = {}
     for path, amount in amounts.items():
@@ -73,14 +73,14 @@ def by_part(amounts: Counter[str]) -> dict[str, dict[str, float]]:
     return found
 
 
-def operation_seconds(trace: Path, program: Any) -> Counter[str]:
+def operation_seconds(trace: Path, program: Any) -> dict[str, float]:
     """Seconds of a compiled program's operations in a trace, by operation name, on average over this machine's devices.
 
     Raises:
       UserError: the trace has none of them.
     """
     module, names = instructions(program)
-    seconds: Counter[str] = Counter()
+    seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
     devices: set[str] = set()
     for file in sorted(Path(trace).rglob("*.xplane.pb")):
         for device, instruction, duration in _events(ProfileData.from_file(str(file)), module):
@@ -90,7 +90,7 @@ def operation_seconds(trace: Path, program: Any) -> Counter[str]:
                 seconds[name] += duration * 1e-9
     if not seconds:
         raise UserError(f"{trace}: no operation of {module} was traced")
-    return Counter({name: value / len(devices) for name, value in seconds.items()})
+    return {name: value / len(devices) for name, value in seconds.items()}
 
 
 def _events(data: ProfileData, module: str) -> Iterator[tuple[str, str, float]]:
@@ -167,7 +167,7 @@ def measured(report: Mapping[str, Any], seconds: float, trace: Path, steps: int,
     """A report with what was measured: ``seconds`` a step, and the parts' times in a ``trace`` of some ``steps``."""
     rate = report["flops"] / seconds
     peak = report["peak_flops"]
-    times = by_part(Counter({name: value / steps for name, value in operation_seconds(trace, program).items()}))
+    times = by_part({name: value / steps for name, value in operation_seconds(trace, program).items()})
     return {
         **report,
         "seconds": seconds,
@@ -209,11 +209,10 @@ def _table(report: Mapping[str, Any]) -> list[str]:
     flops, times = report["flops_by_part"], report.get("seconds_by_part")
     nothing = dict.fromkeys(PHASES, 0.0)
     if times is None:
-        rows = sorted(flops.items(), key=lambda row: -sum(row[1].values()))
         lines = ["| part | " + " | ".join(f"{phase} TFLOP" for phase in PHASES) + " |", "|" + " --- |" * 4]
-        return lines + [
-            f"| {name} | " + " | ".join(f"{v / 1e12:.4g}" for v in row.values()) + " |" for name, row in rows
-        ]
+        for name, phases in sorted(flops.items(), key=lambda row: -sum(row[1].values())):
+            lines.append(f"| {name} | " + " | ".join(f"{phases[phase] / 1e12:.4g}" for phase in PHASES) + " |")
+        return lines
     whole = sum(sum(phases.values()) for phases in times.values())
     lines = ["| part | " + " | ".join(f"{phase} ms" for phase in PHASES) + " | share | TFLOP | TFLOP/s |"]
     lines.append("|" + " --- |" * 7)
@@ -240,7 +239,9 @@ class ProfiledSteps:
     """Traces some updates of a run into ``folder`` and reports on them; a context manager around the loop."""
 
     def __init__(self, config: ProfileConfig, folder: Path, step: TrainStep):
-        self.config, self.folder, self.step = config, folder, step
+        # Of several processes one is enough, and each has a part of the devices.
+        self.config = config if jax.process_index() == 0 else ProfileConfig()
+        self.folder, self.step = folder, step
         self._count = 0
         self._trace = contextlib.ExitStack()
         self._begin = 0.0
@@ -270,6 +271,5 @@ class ProfiledSteps:
         seconds = (time.monotonic() - self._begin) / steps
         self._trace.close()
         found = measured(report(self.step), seconds, self.folder, steps, self.step.program)
-        if jax.process_index() == 0:
-            write_json(self.folder / "report.json", found)
+        write_json(self.folder / "report.json", found)
         logger.info("profile of %d updates, in %s\n%s", steps, self.folder, as_text(found))

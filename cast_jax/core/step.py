@@ -40,9 +40,9 @@ class Trainable(Protocol):
     update, where ``aux`` is the third value of ``loss_fn`` (None if it returns two). ``loss_fn`` finds the moving
     average and the bank, where the run has them, as ``frozen["ema"]`` and ``frozen["bank"]``.
 
-    With gradient accumulation ``loss_fn`` sees one micro-batch at a time, and what ``normalisers(batch)`` returns of the
-    whole batch, divided by their number, as ``frozen["normalisers"]``; the third values are joined along their first
-    axis.
+    With gradient accumulation ``loss_fn`` sees one micro-batch at a time, and what ``normalisers(batch)`` returns of
+    the whole batch, divided by their number, as ``frozen["normalisers"]``; the third values are joined along their
+    first axis.
     """
 
     def init(self, key: PRNGKeyArray) -> Any:
@@ -110,7 +110,7 @@ class TrainStep:
         return jax.device_put(frozen, param_shardings(frozen, self.mesh)) if jax.tree.leaves(frozen) else frozen
 
     def compile(self, name: str, state: TrainState, frozen: dict[str, Any], batch: Any) -> None:
-        """Compiles for these shapes (arrays, or only described), and says how long it took and how much memory it needs."""
+        """Compiles for these shapes (of arrays, or only described); says how long it took and what memory it needs."""
         logger.info("compiling the %s step ...", name)
         begin = time.monotonic()
         everywhere = replicated(self.mesh)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,19 +109,22 @@ def set_criterion(
         jax.tree.map(jnp.sum, terms_of(loss_keys, masks, classes, targets, maps, queries[layer], matched[layer]))
         for layer, ((masks, classes), (_, loss_keys)) in enumerate(zip(layers, keys, strict=True))
     ]
-    weights = {"class": config.class_weight, "mask": config.mask_weight, "dice": config.dice_weight}
-    factors = dict.fromkeys(weights, 1.0)
+    weights: dict[str, Any] = {"class": config.class_weight, "mask": config.mask_weight, "dice": config.dice_weight}
     if instances is not None:
-        found, queries = jnp.sum(targets.valid), math.prod(layers[0][1].shape[:2])
-        factors = dict.fromkeys(weights, jnp.maximum(found, 1.0) / jnp.where(instances > 0.0, instances, 1.0))
-        class_weight = lambda matched: config.no_object_weight * (queries - matched) + matched
-        factors["class"] = class_weight(found) / jnp.maximum(class_weight(instances), 1e-6)
+        factors = _part_weights(jnp.sum(targets.valid), instances, layers[0][1].shape, config)
+        weights = {name: weight * factors[name] for name, weight in weights.items()}
     means = [
-        weights[name] * factors[name] * total / jnp.maximum(count, 1.0)
-        for layer in terms
-        for name, (total, count) in layer.items()
+        weights[name] * total / jnp.maximum(count, 1.0) for layer in terms for name, (total, count) in layer.items()
     ]
     return jnp.sum(jnp.stack(means)), terms[-1]
+
+
+def _part_weights(found, average, shape, config: CriterionConfig) -> dict[str, Array]:
+    """What each term's mean over a part of a batch weighs, by its instances and those of an average part."""
+    of_masks = jnp.maximum(found, 1.0) / jnp.where(average > 0.0, average, 1.0)
+    class_weights = lambda matched: config.no_object_weight * (shape[0] * shape[1] - matched) + matched
+    of_classes = class_weights(found) / jnp.maximum(class_weights(average), 1e-6)
+    return {"class": of_classes, "mask": of_masks, "dice": of_masks}
 
 
 def _target_maps(targets: Targets, size: tuple[int, int]) -> tuple[Array, Array]:

@@ -153,3 +153,20 @@ def test_moving_average_starts_as_the_mean_and_ends_at_its_decay():
     np.testing.assert_allclose(average["w"], 3.0, rtol=1e-6)
     late = ema_update({"w": jnp.asarray(1.0)}, {"w": jnp.asarray(2.0)}, 0.9, jnp.asarray(1000))
     np.testing.assert_allclose(late["w"], 1.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("scaling", "rate"), [("none", 0.1), ("sqrt", 0.1 * 6**0.5), ("linear", 0.6)])
+def test_the_rate_is_scaled_by_the_batch(scaling, rate):
+    config = OptimizerConfig(learning_rate=0.1, learning_rate_scaling=scaling, reference_batch=4)
+    assert config.scaled(24).learning_rate == pytest.approx(rate)
+    assert config.scaled(24).scaled(24).learning_rate == pytest.approx(rate)  # once is enough
+    assert config.scaled(4) == config
+
+
+def test_scaling_needs_what_it_scales_from():
+    with pytest.raises(UserError, match="learning_rate_scaling is 'sqrt', which needs reference_batch"):
+        OptimizerConfig(learning_rate_scaling="sqrt")
+    with pytest.raises(UserError, match="learning_rate_scaling 'squared' is unknown; known: none, sqrt, linear"):
+        OptimizerConfig(learning_rate_scaling="squared", reference_batch=4)
+    with pytest.raises(UserError, match="reference_batch is 0"):
+        OptimizerConfig(reference_batch=0)
