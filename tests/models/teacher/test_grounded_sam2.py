@@ -14,7 +14,7 @@ from tiny import drawn
 from cast_jax.core.errors import UserError
 from cast_jax.core.rules import named_leaves
 from cast_jax.models.dinov2 import IMAGE_MEAN, IMAGE_STD
-from cast_jax.models.functional import Functional
+from cast_jax.models.functional import Functional, count_parameters
 from cast_jax.models.registry import build_segmenter, segmenter_config
 from cast_jax.models.resize import resize
 from cast_jax.models.segmenter import Prediction, score_instances
@@ -146,3 +146,13 @@ def test_what_cannot_be_is_named(folder, changes, message):
         described[key] = {**described[key], **value} if key == "detector" else value
     with pytest.raises(UserError, match=message):
         segmenter_config(described)
+
+
+@pytest.mark.full
+def test_the_papers_teacher_at_full_size(folder):
+    """Shapes only: the published sum, less a norm that is never used, and the Fourier matrix, a buffer there."""
+    described = {"name": "grounded_sam2_l", "tokenizer": spec(folder)["tokenizer"]}
+    model = build_segmenter(described, CLASSES, (1024, 2048))
+    assert count_parameters(model.abstract()) == 343_055_703 - 2 * 1536 + 216_924_865 + 256
+    prediction = jax.eval_shape(model.apply, model.abstract(), jax.ShapeDtypeStruct((1, 1024, 2048, 3), jnp.float32))
+    assert prediction.mask_logits.shape == (1, 100, 256, 256)
