@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-CHUNK = 8192  # queries of an image at a time
+from cast_jax.models.teacher.chunks import in_chunks
+
 UNROLL = 4  # taps that share a pass over the sum: the corners of one bilinear read
 
 
@@ -98,7 +99,7 @@ class DeformableAttention(nnx.Module):
             weights = jax.nn.softmax(weights, axis=-1).reshape(locations.shape[:-1])
             return sample(table, levels.sizes, locations, weights).reshape(queries.shape).astype(maps.dtype)
 
-        return self.out(_in_chunks(read, queries, references))
+        return self.out(in_chunks(read, queries, references)[:, : queries.shape[1]])
 
     def _locations(self, queries: Array, references: Array, sizes: tuple[tuple[int, int], ...]) -> Array:
         shape = (*queries.shape[:2], self.num_heads, self.num_levels, self.num_points, 2)
@@ -183,22 +184,6 @@ def _take(
     """Rows in float32; batched, not flattened over the batch, whose images may lie on different devices."""
     read = jax.vmap(lambda table, row: table.at[row].get(mode="promise_in_bounds"))
     return read(table, rows).astype(jnp.float32)
-
-
-def _in_chunks(read, queries: Array, references: Array) -> Array:
-    """``read(queries, references)``, at most ``CHUNK`` queries of an image at a time."""
-    batch, count = queries.shape[:2]
-    chunks = math.ceil(count / CHUNK)
-    if chunks == 1:
-        return read(queries, references)
-    length = math.ceil(count / chunks)
-
-    def split(values: Array) -> Array:
-        padded = jnp.pad(values, ((0, 0), (0, chunks * length - count), *((0, 0),) * (values.ndim - 2)))
-        return jnp.moveaxis(padded.reshape(batch, chunks, length, *values.shape[2:]), 1, 0)
-
-    results = jax.lax.map(jax.checkpoint(lambda chunk: read(*chunk)), (split(queries), split(references)))
-    return jnp.moveaxis(results, 0, 1).reshape(batch, chunks * length, -1)[:, :count]
 
 
 def _first_offsets(num_heads: int, num_levels: int, num_points: int) -> Float[np.ndarray, "offsets"]:

@@ -10,12 +10,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from cast_jax.models.layers import LayerScale, drop_path
+from cast_jax.models.teacher.chunks import in_chunks
 from cast_jax.models.teacher.deformable_attention import DeformableAttention, Levels
 from cast_jax.models.teacher.grounding_dino_layers import Attention, FeedForward, layer_norm
 
 FIRST_GAIN = 1e-4  # of an untrained fusion's two results
-LIMIT = 50_000.0  # of the fusion's logits
-MASKED = -1e9  # below any of them
+MASKED = -1e9  # the logit of padding, below any other
 
 
 @jax.tree_util.register_dataclass
@@ -61,26 +61,36 @@ class Fusion(nnx.Module):
         text_mask: Bool[Array, "batch tokens"],
         key: Array | None = None,
     ) -> tuple[Float[Array, "batch positions features"], Float[Array, "batch tokens features"]]:
-        """Both with what they see of each other added; the masks are False on padding. Softmaxes in float32.
+        """Both with what they see of each other added; the masks are False on padding.
 
-        The residual starts after the norms, as it was published.
+        The residuals start after the norms, as published. The published code also subtracts the largest logit of the
+        batch and clips at ±50,000, for softmaxes in half precision; these are in float32, which is the same as long as
+        logits differ by less. The softmax over the image is put together from those over chunks of it.
         """
         keys = [None] * 2 if key is None else list(jax.random.split(key))
         image, text = self.image_norm(image), self.text_norm(text)
         split = lambda values: values.reshape(*values.shape[:2], self.num_heads, -1)
-        query, text_key = split(self.image_query(image)), split(self.text_key(text))
-        logits = jnp.einsum("bqhd,bkhd->bhqk", query, text_key, preferred_element_type=jnp.float32)
-        logits = logits * query.shape[-1] ** -0.5
-        logits = jnp.maximum(logits - jax.lax.stop_gradient(logits.max()), -LIMIT)
-        over_image = jnp.maximum(logits - jax.lax.stop_gradient(logits.max(axis=2, keepdims=True)), -LIMIT)
-        over_image = jnp.where(image_mask[:, None, :, None], over_image, MASKED)
-        over_text = jnp.where(text_mask[:, None, None], logits, MASKED)
-        to_image = jax.nn.softmax(over_text, axis=3).astype(image.dtype)
-        to_text = jax.nn.softmax(over_image, axis=2).astype(text.dtype)
-        seen_by_image = jnp.einsum("bhqk,bkhd->bqhd", to_image, split(self.text_value(text)))
-        seen_by_text = jnp.einsum("bhqk,bqhd->bkhd", to_text, split(self.image_value(image)))
-        to_image = self.image_scale(self.image_out(seen_by_image.reshape(*image.shape[:2], -1)))
-        to_text = self.text_scale(self.text_out(seen_by_text.reshape(*text.shape[:2], -1)))
+        text_key, text_value = split(self.text_key(text)), split(self.text_value(text))
+
+        def look(image: Array, image_mask: Array) -> tuple[Array, ...]:
+            query = split(self.image_query(image))
+            logits = jnp.einsum("bqhd,bkhd->bhqk", query, text_key, preferred_element_type=jnp.float32)
+            logits = logits * query.shape[-1] ** -0.5
+            over_text = jax.nn.softmax(jnp.where(text_mask[:, None, None], logits, MASKED), axis=-1)
+            seen = jnp.einsum("bhqk,bkhd->bqhd", over_text.astype(image.dtype), text_value)
+            logits = jnp.where(image_mask[:, None, :, None], logits, MASKED)
+            highest = jax.lax.stop_gradient(logits.max(axis=2, keepdims=True))
+            weights, value = jnp.exp(logits - highest), split(self.image_value(image))
+            total = weights.astype(image.dtype)
+            total = jnp.einsum("bhqk,bqhd->bhkd", total, value, preferred_element_type=jnp.float32)
+            by_chunk = highest[:, :, 0], weights.sum(axis=2), total
+            return self.image_out(seen.reshape(*seen.shape[:2], -1)), *(part[:, None] for part in by_chunk)
+
+        to_image, highest, weights, total = in_chunks(look, image, image_mask)
+        gain = jnp.exp(highest - highest.max(axis=1, keepdims=True))
+        seen = jnp.sum(gain[..., None] * total, axis=1) / jnp.sum(gain * weights, axis=1)[..., None]
+        seen = seen.astype(text.dtype).transpose(0, 2, 1, 3).reshape(*text.shape[:2], -1)
+        to_image, to_text = self.image_scale(to_image[:, : image.shape[1]]), self.text_scale(self.text_out(seen))
         return image + drop_path(to_image, self.drop_path, keys[0]), text + drop_path(to_text, self.drop_path, keys[1])
 
 
@@ -119,4 +129,5 @@ class EncoderLayer(nnx.Module):
         placed = text + around.text_positions
         text = self.text_norm(text + self.text_attention(placed, placed, text, around.text_blocks))
         read = self.image_attention(image + around.positions, around.references, image, around.levels)
-        return self.image_ffn(self.image_norm(image + read)), self.text_ffn(text)
+        image = self.image_norm(image + read)
+        return in_chunks(self.image_ffn, image)[:, : image.shape[1]], self.text_ffn(text)

@@ -13,7 +13,7 @@ from transformers.models.mm_grounding_dino.modeling_mm_grounding_dino import (
     MMGroundingDinoMultiscaleDeformableAttention,
 )
 
-from cast_jax.models.teacher import deformable_attention
+from cast_jax.models.teacher import chunks
 from cast_jax.models.teacher.deformable_attention import DeformableAttention, levels_of, sample
 
 SIZES = ((5, 7), (3, 4), (2, 2))
@@ -64,7 +64,7 @@ def given() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(("references", "chunk"), [("points", 4), ("boxes", QUERIES)])
 def test_values_and_gradients(given, references, chunk, monkeypatch):
     """All queries at once, or in chunks of which the last is padded; reads of padding and beyond the maps are zero."""
-    monkeypatch.setattr(deformable_attention, "CHUNK", chunk)
+    monkeypatch.setattr(chunks, "CHUNK", chunk)
     module, levels = theirs(), levels_of([jnp.asarray(mask) for mask in masks()])
     ours = DeformableAttention(FEATURES, HEADS, len(SIZES), POINTS, dtype=jnp.float32, rngs=nnx.Rngs(0))
     graph, state = nnx.split(ours)
