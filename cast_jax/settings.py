@@ -49,6 +49,8 @@ class DataConfig:
       loader, view: what all steps share of :class:`LoaderConfig` and :class:`ViewConfig`.
       on_unreadable: "error" or "skip".
       labelled: a COCO JSON, or how many of the training images keep their labels.
+      split: a split file; see :mod:`cast_jax.data.splits`.
+      category_ids: of ADE20K: "instance100" (1 to 100) or "sceneparse150" (7 to 149).
     """
 
     kind: str
@@ -61,6 +63,7 @@ class DataConfig:
     split_seed: int = 0
     root: str = ""
     split: str = ""
+    category_ids: str = "instance100"
     labelled: str | int = ""
     unlabelled: str = ""
     val: str = ""
@@ -69,9 +72,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, split_seed="[0, inf)")
-        check_choices(self, on_unreadable=("error", "skip"))
-        wanted = {"coco": str, "cityscapes": int, "scenes": int}.get(self.kind, object)
-        if not self.split and not isinstance(self.labelled, wanted):
+        check_choices(self, on_unreadable=("error", "skip"), category_ids=("instance100", "sceneparse150"))
+        wanted = {"coco": str, "cityscapes": int, "ade20k": int, "scenes": int}.get(self.kind, object)
+        if not isinstance(self.labelled, wanted):
             raise UserError(
                 f"labelled is {self.labelled!r}; for kind {self.kind!r} it must be of type {wanted.__name__}"
             )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from cast_jax.core.annotations import encode_mask
 from cast_jax.core.errors import DataError
 from cast_jax.core.files import atomic_write
 from cast_jax.data.scenes import write_scenes
-from cast_jax.data.sources.base import Source
+from cast_jax.data.scenes_ade20k import write_as_ade20k
+from cast_jax.data.sources.ade20k import Ade20k
+from cast_jax.data.sources.base import Source, name_some
 from cast_jax.data.sources.cityscapes import Cityscapes
 from cast_jax.data.sources.coco import Coco
 from cast_jax.data.sources.folder import ImageFolder
-from cast_jax.data.sources.subset import Subset
-from cast_jax.data.splits import split_indices
+from cast_jax.data.sources.subset import Subset, Unlabelled
+from cast_jax.data.splits import read_split, split_indices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +38,16 @@ class Datasets:
 def open_datasets(data: Mapping[str, Any], workdir: Path) -> Datasets:
     """Opens (and for generated data, first writes) the sources of ``config.data``.
 
-    ``kind`` is one of ``coco`` (own data: ``labelled``, ``unlabelled``, ``val``), ``cityscapes`` (``root``, with
-    ``labelled`` images of the train split by ``split_seed``, or the ids in ``split``) and ``scenes`` (generated into
-    ``root`` or the workdir). Without any path, generated images stand in if ``generated`` has some (smoke runs).
+    ``kind`` is one of ``coco`` (own data: ``labelled``, ``unlabelled``, ``val``), ``cityscapes`` and ``ade20k``
+    (``root``) and ``scenes`` (generated into ``root`` or the workdir). ``split`` names the file that says which images
+    are labelled and which are not (:func:`cast_jax.data.splits.read_split`); without one, ``labelled`` images of a
+    published training set are drawn by ``split_seed``. Without any path, generated images stand in if ``generated``
+    has some (smoke runs).
 
     Raises:
       DataError: an unknown kind, or a missing path, naming the key.
     """
-    kinds = {"coco": _coco, "cityscapes": _cityscapes, "scenes": _scenes}
+    kinds = {"coco": _coco, "cityscapes": _cityscapes, "ade20k": _ade20k, "scenes": _scenes}
     if data["kind"] not in kinds:
         raise DataError(f"config.data.kind {data['kind']!r} is unknown; known: {', '.join(kinds)}")
     return kinds[data["kind"]](data, workdir)
@@ -53,16 +58,18 @@ def _coco(data: Mapping[str, Any], workdir: Path) -> Datasets:
     if not any(paths.values()) and data["generated"]["train"]:
         paths = _generated_coco(data, workdir)
     for key, path in paths.items():
-        if not path:
+        if not path and not (key == "unlabelled" and data.get("split")):
             what = "a folder of images" if key == "unlabelled" else "a COCO JSON"
             raise DataError(f"config.data.{key} is not set; give {what}: --config.data.{key}=PATH")
     folders = {key: data[f"{key}_images"] if data.get(f"{key}_images") else None for key in ("labelled", "val")}
-    labelled = Coco(paths["labelled"], images=folders["labelled"])
-    return Datasets(
-        labelled=labelled,
-        unlabelled=ImageFolder(paths["unlabelled"]),
-        val=Coco(paths["val"], images=folders["val"], categories=labelled.categories),
-    )
+    whole = Coco(paths["labelled"], images=folders["labelled"])
+    val = Coco(paths["val"], images=folders["val"], categories=whole.categories)
+    unlabelled = ImageFolder(paths["unlabelled"]) if paths["unlabelled"] else None
+    if not data.get("split"):
+        assert unlabelled is not None
+        return Datasets(whole, unlabelled, val)
+    labelled, rest = _divided(whole, data["split"])
+    return Datasets(Subset(whole, labelled), unlabelled or Unlabelled(whole, rest), val)
 
 
 def _cityscapes(data: Mapping[str, Any], workdir: Path) -> Datasets:
@@ -73,22 +80,65 @@ def _cityscapes(data: Mapping[str, Any], workdir: Path) -> Datasets:
                 "config.data.root is not set; give the folder of leftImg8bit and gtFine: --config.data.root=PATH"
             )
         root = _write(workdir / "data" / "target", data, "target")
-    val = Cityscapes(root, split="val")
-    if data.get("split"):
-        labelled = Cityscapes(root, split="train", images=data["split"])
-        chosen = {labelled.record(i).image_id for i in range(len(labelled))}
-        train = Cityscapes(root, split="train", labelled=False)
-        rest = [i for i in range(len(train)) if train.record(i).image_id not in chosen]
-        return Datasets(labelled, Subset(train, rest), val)
-    train = Cityscapes(root, split="train")
-    if not 1 <= data["labelled"] < len(train):
+    return _published(data, functools.partial(Cityscapes, root), "train", "val")
+
+
+def _ade20k(data: Mapping[str, Any], workdir: Path) -> Datasets:
+    root = data["root"]
+    if not root:
+        if not data["generated"]["train"]:
+            raise DataError(
+                "config.data.root is not set; give the folder of images and annotations_instance, or of ADE20K 2021: "
+                "--config.data.root=PATH"
+            )
+        root = workdir / "data" / "ade20k"
+        write_as_ade20k(root, _write(workdir / "data" / "target", data, "target"))
+    elif not data.get("split") and not data["labelled"]:
         raise DataError(
-            f"config.data.labelled is {data['labelled']}, but must lie in [1, {len(train)}): {root} has {len(train)} "
+            "config.data.split is not set; make the paper's with `python scripts/make_splits.py ade20k ROOT` and give "
+            "--config.data.split=FILE, or --config.data.labelled=NUMBER of images drawn at random"
+        )
+    open_split = functools.partial(Ade20k, root, category_ids=data.get("category_ids", "instance100"))
+    return _published(data, open_split, "training", "validation")
+
+
+def _published(data: Mapping[str, Any], open_split: Callable[..., Source], train: str, val: str) -> Datasets:
+    """A data set whose training images all have labels, of which some are to be used."""
+    if data.get("split"):
+        labelled, pool = open_split(train, images=data["split"]), open_split(train, labelled=False)
+        _, rest = _divided(pool, data["split"], labelled)
+        return Datasets(labelled, Subset(pool, rest), open_split(val))
+    whole = open_split(train)
+    if not 1 <= data["labelled"] < len(whole):
+        raise DataError(
+            f"config.data.labelled is {data['labelled']}, but must lie in [1, {len(whole)}): there are {len(whole)} "
             "training images, of which one at least stays unlabelled"
         )
-    chosen_indices, rest = split_indices(len(train), data["labelled"], data["split_seed"])
-    unlabelled = Cityscapes(root, split="train", labelled=False)
-    return Datasets(Subset(train, chosen_indices), Subset(unlabelled, rest), val)
+    chosen, rest = split_indices(len(whole), data["labelled"], data["split_seed"])
+    return Datasets(Subset(whole, chosen), Subset(open_split(train, labelled=False), rest), open_split(val))
+
+
+def _divided(source: Source, split_file: str, labelled: Source | None = None) -> tuple[list[int], list[int]]:
+    """The (labelled, unlabelled) indices of ``source`` by a split file; ``labelled`` if that is read already.
+
+    Raises:
+      DataError: the file names an image that the source does not have, or leaves none for a side.
+    """
+    split = read_split(split_file)
+    positions = {str(source.record(index).image_id): index for index in range(len(source))}
+
+    def find(ids: Sequence[int | str]) -> list[int]:
+        names = list(map(str, ids))
+        if unknown := [name for name in names if name not in positions]:
+            raise DataError(f"{split_file}: {len(unknown)} images are not in the training set: {name_some(unknown)}")
+        return [positions[name] for name in names]
+
+    known = split.labelled if labelled is None else [labelled.record(i).image_id for i in range(len(labelled))]
+    chosen = find(known)
+    rest = sorted(set(positions.values()) - set(chosen)) if split.unlabelled is None else find(split.unlabelled)
+    if not rest:
+        raise DataError(f"{split_file}: labels every image; one at least must stay unlabelled")
+    return chosen, rest
 
 
 def _scenes(data: Mapping[str, Any], workdir: Path) -> Datasets:

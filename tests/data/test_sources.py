@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from cast_jax.core.errors import DataError
-from cast_jax.data.sources import SOURCES, open_source
 from cast_jax.data.sources.base import check_relative, image_size, name_some, read_image, read_list
 from cast_jax.data.sources.folder import ImageFolder
 from cast_jax.data.sources.subset import Subset
@@ -182,23 +181,3 @@ def test_a_subset_knows_its_bounds(tmp_path, indices):
     _save(tmp_path / "a.png")
     with pytest.raises(DataError, match="outside the source"):
         Subset(ImageFolder(tmp_path), indices)
-
-
-def test_sources_are_opened_by_name(tmp_path):
-    _save(tmp_path / "a.png")
-    assert isinstance(open_source({"name": "folder", "images": str(tmp_path)}), ImageFolder)
-    assert set(SOURCES) == {"cityscapes", "coco", "folder"}
-
-
-@pytest.mark.parametrize(
-    ("spec", "problem"),
-    [
-        ({"name": "imagenet"}, "'imagenet' is unknown; known names: cityscapes, coco, folder"),
-        ({}, "None is unknown"),
-        ({"name": "folder", "images": "x", "path": "y"}, "no key path; known keys: images, root"),
-        ({"name": "cityscapes", "root": "x"}, "needs the key split"),
-    ],
-)
-def test_unknown_and_missing_keys_are_listed(spec, problem):
-    with pytest.raises(DataError, match=problem):
-        open_source(spec)

@@ -103,6 +103,18 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         raise _unreadable(path, error) from error
 
 
+def read_label_map(path: str | os.PathLike[str]) -> tuple[str, np.ndarray]:
+    """An annotation image as it is stored: Pillow's mode and the pixels. Raises :class:`DataError` naming the file."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.mode, np.asarray(image)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such annotation; unpack the dataset again") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot be read as an image ({error}); unpack the annotations again") from error
+
+
 def read_list(path: str | os.PathLike[str]) -> list[str]:
     """The lines of a text file, stripped, without empty lines and ``#`` comments.
 

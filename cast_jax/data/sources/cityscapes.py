@@ -13,11 +13,17 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from cast_jax.core.annotations import Category, Instances
 from cast_jax.core.errors import DataError
-from cast_jax.data.sources.base import ImageRecord, image_size, name_some, read_image, read_list
+from cast_jax.data.sources.base import (
+    ImageRecord,
+    image_size,
+    name_some,
+    read_image,
+    read_label_map,
+)
+from cast_jax.data.splits import choose_images
 
 CATEGORIES = (
     Category(24, "person"),
@@ -35,6 +41,8 @@ _POSITIONS = {category.id: position for position, category in enumerate(CATEGORI
 _UNSCORED = (29, 30)  # caravan and trailer: they have instances, but the benchmark does not score them
 _IMAGE_SUFFIX = "_leftImg8bit.png"
 _LABEL_SUFFIX = "_gtFine_instanceIds.png"
+SUFFIXES = (_LABEL_SUFFIX, _IMAGE_SUFFIX)
+"""What file names have after an image's id."""
 
 
 class Cityscapes:
@@ -68,7 +76,7 @@ class Cityscapes:
                 f"{self.root / 'leftImg8bit' / split}: no images named <city>/*{_IMAGE_SUFFIX}; "
                 "unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip side by side, or mend root and split"
             )
-        self._stems = stems if images is None else _choose(images, set(stems))
+        self._stems = stems if images is None else choose_images(images, set(stems), SUFFIXES)
         if labelled:
             known = set(_stems(self.root / "gtFine" / split, _LABEL_SUFFIX))
             missing = [stem for stem in self._stems if stem not in known]
@@ -98,8 +106,7 @@ class Cityscapes:
 
     def label_path(self, index: int) -> Path:
         """The ``_gtFine_instanceIds.png`` of image ``index``."""
-        stem = self._stems[index]
-        return self.root / "gtFine" / self.split / _city(stem) / f"{stem}{_LABEL_SUFFIX}"
+        return label_path(self.record(index))
 
     def instances(self, index: int) -> Instances:
         """The scored instances of image ``index``; groups, caravans and trailers become ``ignore``.
@@ -114,6 +121,12 @@ class Cityscapes:
         if ids.shape != (size := image_size(record.path)):
             raise DataError(f"{path}: the annotation is {ids.shape} pixels (height, width), its image {size}")
         return instances_from_ids(ids, str(path))
+
+
+def label_path(record: ImageRecord) -> Path:
+    """The ``_gtFine_instanceIds.png`` of an image of this layout."""
+    *_, split, city, _ = record.path.parts
+    return record.path.parents[3] / "gtFine" / split / city / f"{record.image_id}{_LABEL_SUFFIX}"
 
 
 def instances_from_ids(ids: np.ndarray, where: str) -> Instances:
@@ -137,14 +150,7 @@ def instances_from_ids(ids: np.ndarray, where: str) -> Instances:
 
 
 def _read_ids(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            image.load()
-            mode, ids = image.mode, np.asarray(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path}: cannot be read as an image ({error}); unpack gtFine_trainvaltest.zip again"
-        ) from error
+    mode, ids = read_label_map(path)
     if not mode.startswith("I"):
         raise DataError(
             f"{path}: instance ids are 16-bit grey, this image is {mode!r}; is it a labelIds or color image?"
@@ -158,21 +164,3 @@ def _stems(folder: Path, suffix: str) -> list[str]:
 
 def _city(stem: str) -> str:
     return stem.rsplit("_", 2)[0]
-
-
-def _choose(images: str | os.PathLike[str] | Sequence[str], known: set[str]) -> list[str]:
-    """The stems of a list of images, checked against the stems that exist."""
-    if isinstance(images, str | os.PathLike):
-        names, where = read_list(images), f"{images}"
-    else:
-        names, where = list(images), "images"
-    stems = [Path(name).name.removesuffix(_LABEL_SUFFIX).removesuffix(_IMAGE_SUFFIX) for name in names]
-    if not stems:
-        raise DataError(f"{where}: lists no images; leave it out to use them all")
-    if unknown := [stem for stem in stems if stem not in known]:
-        raise DataError(f"{where}: {len(unknown)} images are not in this split: {name_some(unknown)}")
-    if len(set(stems)) < len(stems):
-        raise DataError(
-            f"{where}: listed twice: {name_some(sorted({stem for stem in stems if stems.count(stem) > 1}))}"
-        )
-    return stems

@@ -1,4 +1,4 @@
-"""Some images of a source, in a chosen order."""
+"""Some images of a source, in a chosen order, with or without their labels."""
 
 from __future__ import annotations
 
@@ -45,3 +45,16 @@ class Subset:
     def instances(self, index: int) -> Instances:
         """The instances of the ``index``-th chosen image."""
         return self.source.instances(int(self.indices[index]))
+
+
+class Unlabelled(Subset):
+    """The images ``indices`` of a labelled ``source`` without their labels."""
+
+    @property
+    def categories(self) -> tuple[Category, ...]:
+        """None: the images are unlabelled."""
+        return ()
+
+    def instances(self, index: int) -> Instances:
+        """Raises :class:`DataError`: the labels are out of reach."""
+        raise DataError(f"{self.record(index).path}: is in the unlabelled pool")

@@ -1,0 +1,130 @@
+"""Writes split files: which training images keep their labels. Seeded, and nested within a seed.
+
+python scripts/make_splits.py cityscapes ROOT                    5, 10, 20, 30 % (10 %: 298 of 2,975)
+python scripts/make_splits.py cityscapes ROOT --lists FILE...    the literature's text files, checked and completed
+python scripts/make_splits.py ade20k ROOT                        10 images a class in a stratified subset of 3,537
+python scripts/make_splits.py coco FILE.json --percent 1 2 5 10  of any COCO set
+
+A run reads one with --config.data.split=FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from cast_jax.core.errors import UserError
+from cast_jax.data.sources.ade20k import CATEGORIES, Ade20k
+from cast_jax.data.sources.base import Source
+from cast_jax.data.sources.cityscapes import SUFFIXES, Cityscapes
+from cast_jax.data.sources.coco import Coco
+from cast_jax.data.splits import (
+    Split,
+    choose_images,
+    share_of,
+    some_of_each_class,
+    split_indices,
+    stratified,
+    write_split,
+)
+
+Made = Iterator[tuple[str, Split, dict[str, Any]]]
+
+
+def main() -> None:
+    """Writes the files, naming each; what the user can mend ends with its message and exit code 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", choices=("cityscapes", "ade20k", "coco"))
+    parser.add_argument("path", help="the data set's folder, or a COCO JSON")
+    parser.add_argument("--output", type=Path, default=Path("splits"), help="folder for the files (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a split for each (%(default)s)")
+    parser.add_argument("--percent", type=float, nargs="+", help="labelled shares (5 10 20 30)")
+    parser.add_argument("--lists", type=Path, nargs="+", help="text files with a labelled image a line, instead")
+    parser.add_argument("--per-class", type=int, default=10, help="ade20k: labelled images a class (%(default)s)")
+    parser.add_argument("--subset", type=int, default=3537, help="ade20k: images in all (%(default)s)")
+    options = parser.parse_args()
+    try:
+        if min(options.seeds) < 0 or not all(0 < percent < 100 for percent in options.percent or ()):
+            raise UserError("--seeds must not be negative, and --percent must lie between 0 and 100")
+        for name, split, about in _made(options):
+            path = options.output / f"{name}.json"
+            write_split(path, split, {"dataset": options.dataset, **about})
+            print(f"{path}: {len(split.labelled)} labelled, {len(split.unlabelled or ())} unlabelled")
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _made(options: argparse.Namespace) -> Made:
+    if options.dataset == "ade20k" and not options.percent:
+        return _classes(Ade20k(options.path, "training"), options)
+    source: Source
+    if options.dataset == "coco":
+        source, name = Coco(options.path), Path(options.path).stem
+    elif options.dataset == "ade20k":
+        source, name = Ade20k(options.path, "training", labelled=False), "ade20k"
+    else:
+        source, name = Cityscapes(options.path, "train", labelled=False), "cityscapes"
+    if options.lists:
+        return _listed(source, name, options.lists)
+    return _shares(source, name, options)
+
+
+def _shares(source: Source, name: str, options: argparse.Namespace) -> Made:
+    ids = [source.record(index).image_id for index in range(len(source))]
+    for seed in options.seeds:
+        for percent in options.percent or (5, 10, 20, 30):
+            count = share_of(len(ids), percent)
+            if not 1 <= count < len(ids):
+                raise UserError(
+                    f"--percent {percent:g} of {len(ids)} images is {count}; one at least must be on each side"
+                )
+            labelled, rest = ([ids[i] for i in side] for side in split_indices(len(ids), count, seed))
+            about = {"seed": seed, "percent": percent}
+            yield f"{name}_{percent:g}_percent_seed{seed}", Split(tuple(labelled), tuple(rest)), about
+
+
+def _listed(source: Source, name: str, lists: list[Path]) -> Made:
+    """Every image of a list must be there; what it does not list is unlabelled."""
+    for path in lists:
+        ids = {str(source.record(index).image_id): source.record(index).image_id for index in range(len(source))}
+        chosen = choose_images(path, set(ids), SUFFIXES if name == "cityscapes" else ())
+        rest = sorted(set(ids) - set(chosen))
+        split = Split(tuple(ids[image] for image in chosen), tuple(ids[image] for image in rest))
+        yield f"{name}_{path.stem}", split, {"list": path.name}
+
+
+def _classes(source: Ade20k, options: argparse.Namespace) -> Made:
+    """ADE20K's: so many images of each class labelled, in a subset that keeps the shares of the classes."""
+    ids = [source.record(index).image_id for index in range(len(source))]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        reading = tqdm(pool.map(source.classes, range(len(ids))), "reading annotations", len(ids), disable=None)
+        classes = list(reading)
+    counts = Counter(label for of_image in classes for label in of_image)
+    names = CATEGORIES["instance100"]
+    if short := [
+        f"{names[label].name} {counts[label]}" for label in range(len(names)) if counts[label] < options.per_class
+    ]:
+        print(f"classes in fewer than {options.per_class} images: {', '.join(short)}", file=sys.stderr)
+    for seed in options.seeds:
+        labelled = some_of_each_class(classes, options.per_class, seed)
+        if not len(labelled) < options.subset <= len(ids):
+            raise UserError(
+                f"--subset {options.subset} must be above {len(labelled)} (labelled) and at most {len(ids)}"
+            )
+        subset = stratified(classes, options.subset, seed, labelled)
+        rest = sorted(set(subset) - set(labelled))
+        split = Split(tuple(ids[i] for i in labelled), tuple(ids[i] for i in rest))
+        about = {"seed": seed, "per_class": options.per_class, "subset": options.subset}
+        yield f"ade20k_{options.per_class}_per_class_seed{seed}", split, about
+
+
+if __name__ == "__main__":
+    main()

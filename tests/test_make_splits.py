@@ -1,0 +1,192 @@
+"""scripts/make_splits.py on small folders in the data sets' layouts, and a run's data by what it wrote."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import types
+from importlib import util
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cast_jax.core.errors import DataError
+from cast_jax.data.datasets import open_datasets
+from cast_jax.data.sources.ade20k import Ade20k
+from cast_jax.data.splits import read_split
+
+NOTHING = {"train": 0, "val": 0, "source": 0, "image_size": (32, 64), "seed": 0}
+
+
+def call(*arguments: object) -> types.SimpleNamespace:
+    """Runs the script in this process."""
+    spec = util.spec_from_file_location("make_splits", Path(__file__).parents[1] / "scripts" / "make_splits.py")
+    script = util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch("sys.argv", ["make_splits.py", *map(str, arguments)]),
+    ):
+        try:
+            script.main()
+        except SystemExit as stop:
+            code = 1
+            err.write(f"{stop.code}\n")
+    return types.SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def pixels(path: Path, values: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path)
+
+
+def settings(**values) -> dict:
+    return {"split_seed": 0, "split": "", "generated": NOTHING, **values}
+
+
+@pytest.fixture(scope="module")
+def cityscapes(tmp_path_factory) -> Path:
+    """Twenty training images and one for validation."""
+    root = tmp_path_factory.mktemp("cityscapes")
+    for split, count in (("train", 20), ("val", 1)):
+        for number in range(count):
+            stem = f"ulm_{number:06d}_000019"
+            pixels(root / "leftImg8bit" / split / "ulm" / f"{stem}_leftImg8bit.png", np.zeros((2, 2, 3), np.uint8))
+            ids = np.full((2, 2), 26000, np.uint16)
+            pixels(root / "gtFine" / split / "ulm" / f"{stem}_gtFine_instanceIds.png", ids)
+    return root
+
+
+def test_cityscapes_by_share(cityscapes, tmp_path):
+    done = call("cityscapes", cityscapes, "--output", tmp_path, "--seeds", 0, 1)
+    assert done.returncode == 0, done.stderr
+    splits = {
+        (percent, seed): read_split(tmp_path / f"cityscapes_{percent}_percent_seed{seed}.json")
+        for percent in (5, 10, 20, 30)
+        for seed in (0, 1)
+    }
+    assert [len(splits[percent, 0].labelled) for percent in (5, 10, 20, 30)] == [1, 2, 4, 6]
+    assert splits[10, 0] != splits[10, 1]
+    for seed in (0, 1):
+        assert set(splits[10, seed].labelled) < set(splits[20, seed].labelled) < set(splits[30, seed].labelled)
+    split = splits[10, 1]
+    assert len({*split.labelled, *split.unlabelled}) == 20
+
+    path = tmp_path / "cityscapes_10_percent_seed1.json"
+    data = open_datasets(settings(kind="cityscapes", root=str(cityscapes), labelled=298, split=str(path)), tmp_path)
+    assert [data.labelled.record(i).image_id for i in range(2)] == list(split.labelled)
+    assert [data.unlabelled.record(i).image_id for i in range(18)] == list(split.unlabelled)
+    # The same images without a file: the seed is all it takes.
+    drawn = open_datasets({**settings(kind="cityscapes", root=str(cityscapes), labelled=2), "split_seed": 1}, tmp_path)
+    assert [drawn.labelled.record(i).image_id for i in range(2)] == list(split.labelled)
+
+
+def test_a_list_of_the_literature_becomes_a_split(cityscapes, tmp_path):
+    listed = tmp_path / "10_datalist.txt"
+    listed.write_text("ulm_000003_000019_gtFine_instanceIds.png\nulm_000001_000019_gtFine_instanceIds.png\n")
+    assert call("cityscapes", cityscapes, "--output", tmp_path, "--lists", listed).returncode == 0
+    split = read_split(tmp_path / "cityscapes_10_datalist.json")
+    assert (split.labelled, len(split.unlabelled)) == (("ulm_000003_000019", "ulm_000001_000019"), 18)
+    listed.write_text("ulm_000099_000019_gtFine_instanceIds.png\n")
+    done = call("cityscapes", cityscapes, "--output", tmp_path, "--lists", listed)
+    assert done.returncode == 1
+    assert "10_datalist.txt: 1 images are not in this split: ulm_000099_000019" in done.stderr
+
+
+def test_ade20k_by_class(tmp_path):
+    """Thirty images: every one has a person, a third a car, a tenth a flag."""
+    for split, name, count in (("training", "train", 30), ("validation", "val", 1)):
+        for number in range(1, count + 1):
+            stem, ids = f"ADE_{name}_{number:08d}", np.zeros((2, 2, 3), np.uint8)
+            ids[0, 0, :2] = (4, 1)
+            ids[0, 1, :2] = (9, 2) if number % 3 == 0 else (0, 0)
+            ids[1, 0, :2] = (100, 3) if number % 10 == 0 else (0, 0)
+            pixels(tmp_path / "images" / split / f"{stem}.jpg", np.zeros((2, 2, 3), np.uint8))
+            pixels(tmp_path / "annotations_instance" / split / f"{stem}.png", ids)
+    done = call("ade20k", tmp_path, "--output", tmp_path, "--per-class", 2, "--subset", 15)
+    assert done.returncode == 0, done.stderr
+    assert "classes in fewer than 2 images: bed 0, windowpane 0" in done.stderr
+    path = tmp_path / "ade20k_2_per_class_seed0.json"
+    split = read_split(path)
+    assert (len(split.labelled), len({*split.labelled, *split.unlabelled})) == (6, 15)
+
+    given = settings(kind="ade20k", root=str(tmp_path), labelled=0, split=str(path), category_ids="sceneparse150")
+    data = open_datasets(given, tmp_path)
+    assert (len(data.labelled), len(data.unlabelled), len(data.val)) == (6, 9, 1)
+    assert data.labelled.categories == data.val.categories
+    assert (data.labelled.categories[99].id, data.unlabelled.categories) == (149, ())
+    source = Ade20k(tmp_path, "training", images=split.labelled)
+    found = [label for i in range(6) for label in source.classes(i)]
+    assert found.count(99) >= 2
+    assert found.count(8) >= 2
+
+    with pytest.raises(DataError, match=r"config\.data\.split is not set; .*make_splits\.py ade20k"):
+        open_datasets({**given, "split": ""}, tmp_path)
+    done = call("ade20k", tmp_path, "--output", tmp_path, "--subset", 3537)
+    assert done.returncode == 1
+    assert "--subset 3537 must be above" in done.stderr
+    assert call("ade20k", tmp_path, "--output", tmp_path, "--percent", 50).returncode == 0
+    assert len(read_split(tmp_path / "ade20k_50_percent_seed0.json").labelled) == 15
+
+
+@pytest.fixture
+def coco(tmp_path) -> Path:
+    """Ten images with a box each."""
+    images = [{"id": 7 * i, "file_name": f"{i}.png", "height": 4, "width": 4} for i in range(10)]
+    annotations = [
+        {"id": i, "image_id": 7 * i, "category_id": 3, "segmentation": [[0, 0, 2, 0, 2, 2]]} for i in range(10)
+    ]
+    for image in images:
+        pixels(tmp_path / "all" / image["file_name"], np.zeros((4, 4, 3), np.uint8))
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 3, "name": "box"}]}
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    return tmp_path / "all.json"
+
+
+def test_any_share_of_a_coco_set(coco, tmp_path):
+    assert call("coco", coco, "--output", tmp_path, "--percent", 20).returncode == 0
+    path = tmp_path / "all_20_percent_seed0.json"
+    split = read_split(path)
+    assert (len(split.labelled), len(split.unlabelled)) == (2, 8)
+    given = settings(
+        kind="coco",
+        labelled=str(coco),
+        val=str(coco),
+        unlabelled="",
+        labelled_images="",
+        val_images="",
+        split=str(path),
+    )
+    given["val_images"] = str(tmp_path / "all")
+    data = open_datasets(given, tmp_path)
+    assert tuple(data.labelled.record(i).image_id for i in range(2)) == split.labelled
+    assert tuple(data.unlabelled.record(i).image_id for i in range(8)) == split.unlabelled
+    assert (len(data.labelled.instances(0)), data.unlabelled.categories) == (1, ())
+    with pytest.raises(DataError, match="unlabelled pool"):
+        data.unlabelled.instances(0)
+
+    path.write_text(path.read_text().replace("[\n    ", "[\n    8, ", 1))
+    with pytest.raises(DataError, match=r"seed0\.json: 1 images are not in the training set: 8"):
+        open_datasets(given, tmp_path)
+    (tmp_path / "all.txt").write_text("\n".join(str(7 * i) for i in range(10)))
+    with pytest.raises(DataError, match=r"all\.txt: labels every image"):
+        open_datasets({**given, "split": str(tmp_path / "all.txt")}, tmp_path)
+
+
+def test_faults_are_one_message(coco, tmp_path):
+    for arguments, message in (
+        (("coco", tmp_path / "no.json"), "no such annotation file"),
+        (("coco", coco, "--percent", 1), "--percent 1 of 10 images is 0"),
+        (("coco", coco, "--percent", 100), "--percent must lie between 0 and 100"),
+        (("ade20k", tmp_path), "ADEChallengeData2016"),
+    ):
+        done = call(*arguments, "--output", tmp_path / "out")
+        assert (done.returncode, done.stderr.count("\n"), done.stdout) == (1, 1, "")
+        assert message in done.stderr
