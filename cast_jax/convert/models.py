@@ -151,8 +151,9 @@ def _changed(config: Config, layers: Sequence[Mapping[str, Any]], name: str, pat
     return build(type(config), values, " ".join(("--config", ".".join(path))).rstrip())
 
 
+@functools.cache
 def parameter_shapes(config: Any) -> Shapes:
-    """The shape of every parameter by name, without allocating any."""
+    """The shape of every parameter by name, without allocating any; of a large model that takes seconds."""
     abstract = Functional(lambda rngs: family_of(config).module(config, rngs=rngs)).abstract()
     return {name: tuple(leaf.shape) for name, leaf in named_leaves(abstract).items()}
 

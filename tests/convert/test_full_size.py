@@ -14,9 +14,11 @@ from published import scaled
 from cast_jax.convert.command import convert
 from cast_jax.convert.models import MODELS, family_of
 from cast_jax.convert.verify import verify
+from cast_jax.models.teacher.sam2 import SAM2
 
 # Rows and columns of patches: not square, and for a plain ViT around the 37 x 37 of its position embedding.
 SIZES = {False: (37, 40), True: (16, 20)}
+WHOLE = dict.fromkeys(SAM2, (32, 32))  # of whole models: 1024 x 1024
 NAMES = [name for name in MODELS if name != "dinov2_g"]  # 4.5 GB as float32, and no encoder of the paper's
 
 
@@ -27,7 +29,7 @@ def test_published_sizes(tmp_path, name):
     config = MODELS[name]()
     scaled(family_of(config).reference(config)).save_pretrained(tmp_path / "source")
     config = convert(name, tmp_path / "source", tmp_path / "destination")
-    patches = SIZES[config.encoder.pyramid]
+    patches = WHOLE.get(name) or SIZES[config.encoder.pyramid]
     stages = verify(config, tmp_path / "source", tmp_path / "destination" / "model.safetensors", patches)
     assert [stage for stage in stages if not stage.passed] == []
     height, width = (side * config.encoder.patch_size for side in patches)
