@@ -30,7 +30,7 @@ def _count(jaxpr: Jaxpr, prefix: str, times: int) -> Counter[str]:
             found[path] += times * _OPERATIONS[name](equation)
         elif name == "cond":
             branches = [_count(branch.jaxpr, path, times) for branch in params["branches"]]
-            found.update(max(branches, key=Counter.total))
+            found.update(max(branches, key=lambda counts: sum(counts.values())))
         elif name != "while":
             inner = times
             if name == "scan":

@@ -181,45 +181,43 @@ def as_text(report: Mapping[str, Any]) -> str:
     """A report for a person."""
     memory, xla = report["memory"], report["xla"]
     size = lambda value: "?" if value is None else as_size(value)
+    sent = ", ".join(f"{name} {as_size(value)}" for name, value in report["collectives"].items())
     lines = [
         f"devices     {report['devices']} x {report['device']}",
-        f"operations  {report['flops'] / 1e12:.4g} TFLOP, and {report['recomputed_flops'] / 1e12:.3g} computed again "
-        "(matrix products and convolutions, all devices)",
-        f"XLA says    {xla.get('flops', 0) / 1e12:.4g} TFLOP, {size(xla.get('bytes'))} read and written "
-        "(a device; bodies of loops once)",
+        f"operations  {_giga(report['flops'])} GFLOP and {_giga(report['recomputed_flops'])} computed again (matrix "
+        "products and convolutions, all devices)",
+        f"XLA says    {_giga(xla.get('flops', 0))} GFLOP, {size(xla.get('bytes'))} read and written (a device; bodies "
+        "of loops once)",
         f"memory      {size(memory['total'])} of {size(memory['limit'])} a device: {size(memory['arguments'])} of "
         f"arguments, {size(memory['temporaries'])} of temporaries",
-        "exchanged   "
-        + (
-            ", ".join(f"{name} {as_size(value)}" for name, value in report["collectives"].items())
-            or "nothing between devices"
-        ),
+        f"exchanged   {sent or 'nothing'} (a device; bodies of loops once)",
     ]
     if "seconds" in report:
-        share = "?" if report["mfu"] is None else f"{100 * report['mfu']:.1f} %"
-        lines.append(
-            f"step        {1e3 * report['seconds']:.1f} ms, {report['flops_per_second'] / 1e12:.4g} TFLOP/s, {share} "
-            "of the devices' peak (MFU)"
-        )
+        share = "no peak known" if report["mfu"] is None else f"{100 * report['mfu']:.1f} % of the peak (MFU)"
+        speed = _giga(report["flops_per_second"])
+        lines.append(f"step        {1e3 * report['seconds']:.1f} ms, {speed} GFLOP/s, {share}")
     return "\n".join([*lines, "", *_table(report)])
 
 
+def _giga(amount: float) -> str:
+    return f"{amount / 1e9:,.0f}" if amount >= 1e11 else f"{amount / 1e9:.3g}"
+
+
 def _table(report: Mapping[str, Any]) -> list[str]:
-    """The parts, longest first: milliseconds by phase, their share of all operations' time, TFLOP and TFLOP/s."""
+    """The parts, longest first. Times are those of all operations, and may add up to more than the step's: on a CPU
+    several run at once."""
     flops, times = report["flops_by_part"], report.get("seconds_by_part")
-    nothing = dict.fromkeys(PHASES, 0.0)
-    if times is None:
-        lines = ["| part | " + " | ".join(f"{phase} TFLOP" for phase in PHASES) + " |", "|" + " --- |" * 4]
-        for name, phases in sorted(flops.items(), key=lambda row: -sum(row[1].values())):
-            lines.append(f"| {name} | " + " | ".join(f"{phases[phase] / 1e12:.4g}" for phase in PHASES) + " |")
-        return lines
-    whole = sum(sum(phases.values()) for phases in times.values())
-    lines = ["| part | " + " | ".join(f"{phase} ms" for phase in PHASES) + " | share | TFLOP | TFLOP/s |"]
-    lines.append("|" + " --- |" * 7)
-    for name, phases in sorted(times.items(), key=lambda row: -sum(row[1].values())):
-        total, work = sum(phases.values()), sum(flops.get(name, nothing).values())
-        cells = [f"{1e3 * phases[phase]:.1f}" for phase in PHASES]
-        cells += [f"{100 * total / whole:.1f} %", f"{work / 1e12:.4g}", f"{work / 1e12 / total:.3g}" if total else ""]
+    amounts, unit = (flops, "GFLOP") if times is None else (times, "ms")
+    header = ["part", *(f"{phase} {unit}" for phase in PHASES), "share", *(["GFLOP", "GFLOP/s"] if times else [])]
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    whole = sum(sum(phases.values()) for phases in amounts.values())
+    for name, phases in sorted(amounts.items(), key=lambda row: -sum(row[1].values())):
+        total = sum(phases.values())
+        cells = [_giga(phases[phase]) if times is None else f"{1e3 * phases[phase]:.1f}" for phase in PHASES]
+        cells.append(f"{100 * total / whole:.1f} %")
+        if times is not None:
+            work = sum(flops.get(name, {}).values())
+            cells += [_giga(work), _giga(work / total) if work and total else ""]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from tiny import INSTANCES, SIZE, TINY, drawn, group
+from tiny import INSTANCES, SIZE, TINY, Linear, drawn, group
 
 from cast_jax.contrastive.bank import Bank, Entries
 from cast_jax.contrastive.config import ContrastiveConfig
@@ -18,13 +18,13 @@ from cast_jax.core.annotations import pack_masks
 from cast_jax.core.checkpoint import TrainState
 from cast_jax.core.errors import UserError
 from cast_jax.core.optim import OptimizerConfig
+from cast_jax.core.profiling import SCOPES, part_of
 from cast_jax.core.rules import named_leaves
 from cast_jax.core.sharding import make_mesh
 from cast_jax.core.step import TrainStep
 from cast_jax.losses.set_criterion import CriterionConfig
 from cast_jax.models.functional import Functional
 from cast_jax.models.registry import build_segmenter
-from cast_jax.models.segmenter import Prediction
 from cast_jax.models.student import ProjectionHead
 from cast_jax.recipes.base import view_images, view_targets
 from cast_jax.recipes.semi_supervised import ObjectiveConfig, SemiSupervised, instance_map
@@ -112,6 +112,13 @@ def test_the_contrastive_term_teaches_features_but_not_the_sampler():
     assert {name for name, size in sizes.items() if "mask_decoder" in name and size > 0} == set()
     for reached in ("projection/out/kernel", "segmenter/encoder/", "segmenter/decoder/"):
         assert max(size for name, size in sizes.items() if name.startswith(reached)) > 0
+
+
+def test_profiles_know_the_parts():
+    """Every name by which a profile adds up times stands in the program; the optimiser's is the step's own."""
+    text = jax.jit(recipe().loss_fn).lower(parameters(), {}, batch(), KEY).as_text(debug_info=True)
+    found = {part_of(path)[0] for path in re.findall(r'"(jit\([^"]+)"', text)}
+    assert found == {*SCOPES, "other"} - {"optimizer"}
 
 
 def test_supervised_only():
@@ -210,22 +217,6 @@ def test_updates_fill_the_bank():
     assert filled == [60, 100]
     assert int(state.bank.next) == 20
     assert recipe().init_bank() is None
-
-
-class Linear(nnx.Module):
-    """Masks and classes by one product of each 8 x 8 square's mean colour: compiles in a moment."""
-
-    queries = 5
-
-    def __init__(self, rngs: nnx.Rngs):
-        self.masks = nnx.Linear(3, self.queries, rngs=rngs)
-        self.classes = nnx.Linear(3, self.queries * (len(NAMES) + 1), rngs=rngs)
-
-    def __call__(self, images, *, rngs=None):
-        batch, height, width, _ = images.shape
-        squares = images.reshape(batch, height // 8, 8, width // 8, 8, 3).mean((2, 4))
-        classes = self.classes(squares.mean((1, 2))).reshape(batch, self.queries, -1)
-        return Prediction(jnp.moveaxis(self.masks(squares), -1, 1), classes, squares)
 
 
 def after_one_update(kind: type[SemiSupervised], accumulate: int, images: dict):

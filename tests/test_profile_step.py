@@ -1,0 +1,69 @@
+"""The script that profiles a step, on a segmenter that compiles in a moment."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from absl import flags
+from tiny import Linear
+
+from cast_jax.core.errors import UserError
+from cast_jax.models.functional import Functional
+from cast_jax.settings import RunConfig
+from configs import coco
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "profile_step.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("profile_step", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def config(monkeypatch):
+    monkeypatch.setattr(RunConfig, "segmenter", lambda *_: Functional(lambda rngs: Linear(rngs, classes=8)))
+    config = coco.get_config("student_supervised,smoke").to_dict()
+    config["data"]["generated"]["train"] = 0
+    return config
+
+
+def run(script, config, folder: Path, *options: str) -> dict:
+    flags.FLAGS(["profile_step", f"--json={folder / 'figures.json'}", "--noabstract", *options])
+    script.profile(config, folder, folder / "trace")
+    return json.loads((folder / "figures.json").read_text())
+
+
+def test_a_step_is_compiled_timed_and_traced(script, config, tmp_path, capsys):
+    figures = run(script, config, tmp_path, "--steps=2", "--peak=0.5", f"--hlo={tmp_path / 'step.txt'}")
+    shown = capsys.readouterr().out
+    assert (tmp_path / "step.txt").read_text().startswith("HloModule jit__step")
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+    assert figures["devices"] == 1
+    assert figures["seconds"] > 0
+    assert figures["mfu"] == pytest.approx(figures["flops"] / figures["seconds"] / 0.5e12)
+    assert figures["images_per_second"] == pytest.approx(2 / figures["seconds"])
+    assert {"criterion", "matching", "optimizer"} <= set(figures["seconds_by_part"])
+    assert all(row in shown for row in ("devices     1 x cpu", "| optimizer |", "3 updates take 0:00:00"))
+    assert "% of the peak (MFU)" in shown
+
+
+def test_abstract_says_what_running_would_without_running(script, config, tmp_path, capsys):
+    figures = run(script, config, tmp_path, "--abstract")
+    assert "seconds" not in figures
+    assert figures["flops"] > 0
+    assert figures["memory"]["arguments"] > 2 * 64 * 128 * 3  # at least the two images
+    assert "| matching |" in capsys.readouterr().out
+    assert not (tmp_path / "trace").exists()
+
+
+def test_only_trained_steps_have_a_profile(script, config, tmp_path):
+    config["step"] = "cast"
+    with pytest.raises(UserError, match=r"config\.step is 'cast'; name a step that is trained: adapt, distill, "):
+        run(script, config, tmp_path)
