@@ -9,7 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+<<<<<<< HEAD
 import time
+=======
+import shutil
+>>>>>>> data
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +34,9 @@ from cast_jax.data.pipeline import make_loader
 from cast_jax.data.prefetch import Prefetcher
 from cast_jax.data.pseudo_labels import PseudoLabels, PseudoLabelWriter
 from cast_jax.data.sources.base import Source
+from cast_jax.data.sources.cityscapes import label_path
 from cast_jax.data.sources.pseudo_labelled import PseudoLabelled
+from cast_jax.evaluation import cityscapes
 from cast_jax.evaluation.coco_map import MaskAPEvaluator
 from cast_jax.export import load_weights, merge_weights, save_weights, weights_hash
 from cast_jax.models.functional import Functional, Params, count_parameters
@@ -247,10 +253,20 @@ class Pipeline:
         params = merge_weights(segmenter.abstract(), params, (), str(path))
         return self._predictor(segmenter), jax.device_put(params, param_shardings(params, self.mesh))
 
+<<<<<<< HEAD
     def _evaluate(self, predictor: Predictor, params: Params, folder: Path) -> dict[str, float]:
         """Mask AP on the validation images; writes the results and overlays into the step's folder.
 
         Each process takes a piece of the images; the first one adds them up.
+=======
+    def _evaluate(
+        self, predictor: Predictor, params: Params, folder: Path, exported: Path | None = None
+    ) -> dict[str, float]:
+        """Mask AP on the validation images; writes the results and overlays into the step's folder.
+
+        Args:
+          exported: receives the predictions in Cityscapes' format.
+>>>>>>> data
         """
         val, evaluator = self.datasets.val, MaskAPEvaluator(self.categories, self.config.evaluate.max_detections)
         shown = set(np.linspace(0, len(val) - 1, min(self.config.evaluate.overlays, len(val))).astype(int).tolist())
@@ -258,6 +274,8 @@ class Pipeline:
         for index, detections in predictor(params, val, pieces[jax.process_index()].tolist(), "evaluating"):
             record, truth = val.record(index), val.instances(index)
             evaluator.add(record.image_id, truth.ignore.shape, truth, detections)
+            if exported is not None:
+                cityscapes.write_predictions(exported, str(record.image_id), detections, self.categories)
             if index in shown:
                 picture = side_by_side(val.image(index), truth, detections, self.categories)
                 save_image(folder / "overlays" / f"{index:05d}.jpg", picture)
@@ -272,11 +290,18 @@ class Pipeline:
         return {key: results[key] for key in keys if results[key] is not None}
 
     def evaluate(self, name: str) -> None:
-        """Evaluates the exported weights of a finished step."""
+        """Evaluates the exported weights of a finished step; of Cityscapes data, with the official AP as well."""
         predictor, params = self._trained(name)
-        values = self._evaluate(predictor, params, self.workdir / name)
+        folder, official = self.workdir / name, self.config.data.kind in ("cityscapes", "scenes")
+        exported = folder / "cityscapes_predictions" if official else None
+        if exported is not None and exported.exists():
+            shutil.rmtree(exported)
+        values = self._evaluate(predictor, params, folder, exported)
+        if exported is not None:
+            values |= self._official_ap(exported, folder / "evaluation" / "cityscapes.json")
         logger.info("%s: %s", name, "  ".join(f"{key} {value:.2f}" for key, value in values.items()))
 
+<<<<<<< HEAD
     def zero_shot(self) -> None:
         """Evaluates the teacher as ``config.init`` gives it, without any training; does nothing if that is done."""
         folder = self.workdir / "zero_shot"
@@ -296,6 +321,17 @@ class Pipeline:
         rate = len(self.datasets.val) / seconds
         if distributed.is_first():
             write_json(folder / "done.json", done | {"seconds": seconds, "images_per_second": rate})
+=======
+    def _official_ap(self, exported: Path, path: Path) -> dict[str, float]:
+        if not cityscapes.official_scorer_installed():
+            logger.warning("%s is not scored: pip install 'cast_jax[cityscapes]' and evaluate again", exported)
+            return {}
+        val = self.datasets.val
+        records = [val.record(index) for index in range(len(val))]
+        results = cityscapes.official_ap(exported, {str(record.image_id): label_path(record) for record in records})
+        write_json(path, results)
+        return {f"cityscapes_{key}": results[key] for key in ("ap", "ap50") if results[key] is not None}
+>>>>>>> data
 
     def pseudo_label(self, which: str) -> None:
         """Labels the unlabelled pool with the finetuned or adapted teacher, shard by shard."""
