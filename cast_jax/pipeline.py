@@ -9,11 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-<<<<<<< HEAD
-import time
-=======
 import shutil
->>>>>>> data
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -253,20 +250,15 @@ class Pipeline:
         params = merge_weights(segmenter.abstract(), params, (), str(path))
         return self._predictor(segmenter), jax.device_put(params, param_shardings(params, self.mesh))
 
-<<<<<<< HEAD
-    def _evaluate(self, predictor: Predictor, params: Params, folder: Path) -> dict[str, float]:
-        """Mask AP on the validation images; writes the results and overlays into the step's folder.
-
-        Each process takes a piece of the images; the first one adds them up.
-=======
     def _evaluate(
         self, predictor: Predictor, params: Params, folder: Path, exported: Path | None = None
     ) -> dict[str, float]:
         """Mask AP on the validation images; writes the results and overlays into the step's folder.
 
+        Each process takes a piece of the images; the first one adds them up.
+
         Args:
           exported: receives the predictions in Cityscapes' format.
->>>>>>> data
         """
         val, evaluator = self.datasets.val, MaskAPEvaluator(self.categories, self.config.evaluate.max_detections)
         shown = set(np.linspace(0, len(val) - 1, min(self.config.evaluate.overlays, len(val))).astype(int).tolist())
@@ -294,14 +286,14 @@ class Pipeline:
         predictor, params = self._trained(name)
         folder, official = self.workdir / name, self.config.data.kind in ("cityscapes", "scenes")
         exported = folder / "cityscapes_predictions" if official else None
-        if exported is not None and exported.exists():
+        if exported is not None and exported.exists() and distributed.is_first():
             shutil.rmtree(exported)
+        distributed.barrier()
         values = self._evaluate(predictor, params, folder, exported)
-        if exported is not None:
+        if exported is not None and distributed.is_first():
             values |= self._official_ap(exported, folder / "evaluation" / "cityscapes.json")
         logger.info("%s: %s", name, "  ".join(f"{key} {value:.2f}" for key, value in values.items()))
 
-<<<<<<< HEAD
     def zero_shot(self) -> None:
         """Evaluates the teacher as ``config.init`` gives it, without any training; does nothing if that is done."""
         folder = self.workdir / "zero_shot"
@@ -321,7 +313,7 @@ class Pipeline:
         rate = len(self.datasets.val) / seconds
         if distributed.is_first():
             write_json(folder / "done.json", done | {"seconds": seconds, "images_per_second": rate})
-=======
+
     def _official_ap(self, exported: Path, path: Path) -> dict[str, float]:
         if not cityscapes.official_scorer_installed():
             logger.warning("%s is not scored: pip install 'cast_jax[cityscapes]' and evaluate again", exported)
@@ -331,7 +323,6 @@ class Pipeline:
         results = cityscapes.official_ap(exported, {str(record.image_id): label_path(record) for record in records})
         write_json(path, results)
         return {f"cityscapes_{key}": results[key] for key in ("ap", "ap50") if results[key] is not None}
->>>>>>> data
 
     def pseudo_label(self, which: str) -> None:
         """Labels the unlabelled pool with the finetuned or adapted teacher, shard by shard."""

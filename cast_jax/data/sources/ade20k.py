@@ -37,13 +37,8 @@ CategoryIds = Literal["instance100", "sceneparse150"]
 
 # From a class of the full set to 1 + the position in CATEGORIES; 0 for what has no instances.
 _FULL_TO_LABEL = np.zeros(26 * 256, np.uint8)
-<<<<<<< HEAD
-for _label, _, _indices, _ in ROWS:
-    _FULL_TO_LABEL[list(_indices)] = _label
-=======
 for _row in ROWS:
     _FULL_TO_LABEL[list(_row[2])] = _row[0]
->>>>>>> data
 
 
 class Ade20k:
