@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before jax and torch are imported: some tests start several processes, and workers share the cores.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -11,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 import jax
+import pytest
 
 from cast_jax.core.runtime import default_cache_folder
 
@@ -22,3 +24,11 @@ _SETTINGS = {
 for _name, _value in _SETTINGS.items():
     jax.config.update(_name, _value)
     os.environ.setdefault(_name.upper(), str(_value))  # for the processes that tests start
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT interrupts, which it does not in a shell's background job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -242,6 +242,7 @@ class SlowLoader(ToyLoader):
         return super().__next__()
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, caplog, number, code):
     previous = signal.getsignal(number)

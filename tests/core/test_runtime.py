@@ -46,14 +46,6 @@ def test_precision_and_memory():
     assert 0.01 < runtime.host_memory_gib() < 1000
 
 
-@pytest.fixture
-def interruptible():
-    """A shell's background job ignores SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 def test_ignored_signals_stay_ignored():
     signal.signal(signal.SIGINT, signal.SIG_IGN)

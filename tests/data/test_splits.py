@@ -79,7 +79,8 @@ def test_a_stratified_subset_keeps_the_shares(seed, size):
         assert set(given_images) <= set(subset)
         for label, whole in ((1, 20), (2, 4)):
             found = sum(label in _CLASSES[i] for i in subset)
-            assert abs(found - whole * size / 40) <= 2, (label, found)
+            forced = sum(label in _CLASSES[i] for i in given_images)  # which may be more than the share by themselves
+            assert abs(found - whole * size / 40) <= 2 + forced, (label, found)
 
 
 @pytest.mark.parametrize("size", [1, 41])
