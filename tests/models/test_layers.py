@@ -82,7 +82,7 @@ def test_rematerialised_blocks_of_several_arrays():
         def compute(state, values, added):
             block = nnx.merge(graph, state)
             features = (values, {"added": added, "mask": mask})
-            first, second = rematerialise(block, features, None) if again else block(features, None)
+            first, second = rematerialise(Block.__call__, block, features, None) if again else block(features, None)
             return jnp.sum(first**2) + jnp.sum(second**3)
 
         return jax.jit(jax.value_and_grad(compute, argnums=(0, 1, 2)))(state, values, added)
