@@ -209,7 +209,7 @@ def _giga(amount: float) -> str:
 
 
 def _table(report: Mapping[str, Any]) -> list[str]:
-    """The parts, longest first. Times of operations may add up to more than the step's: on a CPU several run at once."""
+    """The parts, longest first. Operations' times may add up to more than the step's: on a CPU several run at once."""
     flops, times = report["flops_by_part"], report.get("seconds_by_part")
     amounts, unit = (flops, "GFLOP") if times is None else (times, "ms")
     header = ["part", *(f"{phase} {unit}" for phase in PHASES), "share", *(["GFLOP", "GFLOP/s"] if times else [])]
