@@ -108,6 +108,15 @@ def test_the_papers_hyper_parameters():
     assert steps.distill.objective.criterion.num_points == 12_544
 
 
+def test_every_trained_step_is_profiled_on_request():
+    config = get_config("cityscapes")
+    config.profile.steps = 3
+    run = build(RunConfig, config.to_dict(), "config")
+    assert {(run.train_config(name).profile.start, run.train_config(name).profile.steps) for name in run.steps} == {
+        (10, 3)
+    }
+
+
 @pytest.mark.parametrize(("scaling", "factor"), [("none", 1.0), ("sqrt", 2.0), ("linear", 4.0)])
 def test_the_learning_rate_follows_the_images_of_an_update(scaling, factor):
     config = get_config("cityscapes")

@@ -74,7 +74,9 @@ def by_part(amounts: Mapping[str, float]) -> dict[str, dict[str, float]]:
 
 
 def operation_seconds(trace: Path, program: Any) -> dict[str, float]:
-    """Seconds of a compiled program's operations in a trace, by operation name, on average over this machine's devices.
+    """Seconds of a compiled program's operations, by operation name, on average over this machine's devices.
+
+    Of several traces in the folder ``trace`` the last one counts.
 
     Raises:
       UserError: the trace has none of them.
@@ -82,7 +84,8 @@ def operation_seconds(trace: Path, program: Any) -> dict[str, float]:
     module, names = instructions(program)
     seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
     devices: set[str] = set()
-    for file in sorted(Path(trace).rglob("*.xplane.pb")):
+    files = sorted(Path(trace).rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
+    for file in files[-1:]:
         for device, instruction, duration in _events(ProfileData.from_file(str(file)), module):
             name = names.get(instruction, "")
             if name is not None:  # loops, whose bodies' operations are there too
@@ -100,7 +103,7 @@ def _events(data: ProfileData, module: str) -> Iterator[tuple[str, str, float]]:
     them, and what one thread begins another may end: an event called "end: ..." then tells when.
     """
     planes = list(data.planes)
-    if own := [plane for plane in planes if plane.name.startswith("/device:") and "CUSTOM" not in plane.name]:
+    if own := [plane for plane in planes if re.fullmatch(r"/device:(GPU|TPU):\d+", plane.name)]:
         planes = own
     for plane in planes:
         lines = list(plane.lines)
@@ -128,8 +131,10 @@ def _events(data: ProfileData, module: str) -> Iterator[tuple[str, str, float]]:
 
 @contextlib.contextmanager
 def tracing(folder: Path) -> Iterator[None]:
-    """Writes what runs inside, which must have ended there, as a trace that TensorBoard's profile plugin and Perfetto
-    read. Python's own functions are left out: they would be most of it."""
+    """Writes what runs (and ends) inside as a trace for TensorBoard's profile plugin and Perfetto.
+
+    Python's own functions are left out: they would be most of it.
+    """
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with jax.profiler.trace(str(folder), profiler_options=options):
@@ -204,8 +209,7 @@ def _giga(amount: float) -> str:
 
 
 def _table(report: Mapping[str, Any]) -> list[str]:
-    """The parts, longest first. Times are those of all operations, and may add up to more than the step's: on a CPU
-    several run at once."""
+    """The parts, longest first. Operations' times may add up to more than the step's: on a CPU several run at once."""
     flops, times = report["flops_by_part"], report.get("seconds_by_part")
     amounts, unit = (flops, "GFLOP") if times is None else (times, "ms")
     header = ["part", *(f"{phase} {unit}" for phase in PHASES), "share", *(["GFLOP", "GFLOP/s"] if times else [])]
@@ -268,6 +272,10 @@ class ProfiledSteps:
         jax.block_until_ready(state)
         seconds = (time.monotonic() - self._begin) / steps
         self._trace.close()
-        found = measured(report(self.step), seconds, self.folder, steps, self.step.program)
+        found = report(self.step)
+        try:
+            found = measured(found, seconds, self.folder, steps, self.step.program)
+        except UserError as error:  # no reason to end a run
+            logger.warning("profile: %s", error)
         write_json(self.folder / "report.json", found)
         logger.info("profile of %d updates, in %s\n%s", steps, self.folder, as_text(found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -122,6 +123,14 @@ def test_devices_are_averaged(tmp_path):
     write_trace(tmp_path, GPU.format(device=0) + GPU.format(device=1))
     seconds = profiling.operation_seconds(tmp_path, Program())
     assert sum(seconds.values()) == pytest.approx(11e-6)
+
+
+def test_the_last_of_several_traces_counts(tmp_path):
+    for hour in (1, 2):
+        (tmp_path / str(hour)).mkdir()
+        write_trace(tmp_path / str(hour), GPU.format(device=0))
+        os.utime(tmp_path / str(hour) / "host.xplane.pb", (hour, hour))
+    assert sum(profiling.operation_seconds(tmp_path, Program()).values()) == pytest.approx(11e-6)
 
 
 def test_a_trace_without_the_program_is_refused(tmp_path):
