@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import hashlib
 import itertools
 import json
@@ -82,8 +83,9 @@ def initialize(config: Mapping[str, Any]) -> None:
         return
     known: dict[str, Any] = {"num_processes": options.num_processes, "process_id": options.process_id}
     known |= {"coordinator_address": options.coordinator, "cluster_detection_method": "deactivate"}
-    # SIGTERM is StopSignals' business. No dump of memory where jax ends a process whose peer has died.
-    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is StopSignals' business
+    # Where another process dies, jax says so and aborts: without pages of stacks and a dump of memory after the message.
+    faulthandler.disable()
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 

@@ -20,7 +20,7 @@ from cast_jax.core.errors import UserError
 from cast_jax.core.optim import OptimizerConfig, ema_update, make_optimizer
 from cast_jax.core.rules import named_leaves, unnamed
 from cast_jax.core.runtime import GIB
-from cast_jax.core.sharding import RULES, like_params, param_shardings, replicate, replicated, shard_params
+from cast_jax.core.sharding import RULES, like_params, param_shardings, place, replicate, replicated, shard_params
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class TrainStep:
     def place(self, frozen: Mapping[str, Any] | None) -> dict[str, Any]:
         """The frozen arrays on the mesh, split over ``fsdp`` like parameters."""
         frozen = dict(frozen or {})
-        return jax.device_put(frozen, param_shardings(frozen, self.mesh)) if jax.tree.leaves(frozen) else frozen
+        return place(frozen, param_shardings(frozen, self.mesh)) if jax.tree.leaves(frozen) else frozen
 
     def compile(self, name: str, state: TrainState, frozen: dict[str, Any], batch: Any) -> None:
         """Compiles for these shapes, and says how long it took and how much memory a step needs."""
