@@ -1,22 +1,18 @@
 """A whole ``cast`` whose models are toys: everything around them is the real thing, and a restart takes a second.
 
-As a program, ``python toy_cast.py`` imports all of cast_jax once, then runs one command a line of its standard input,
-``{"arguments": [...], "real": false, "kill": null | [n, seconds]}``, each in a fork of its own, and answers with a line
-of JSON: ``{"code": ..., "event": ...}``. With ``kill``, the run dies of SIGKILL ``seconds`` after it began its n-th
-change of a file in the workdir, which ``event`` names.
+A program, for ``runs.py``: it imports all of cast_jax once, then runs one command a line of its standard input
+(JSON, see :class:`Command`), each in forks of its own, and answers with a line of JSON.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
+import socket
 import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
@@ -79,14 +75,39 @@ class ToyRecipe:
 
 def use_toys() -> None:
     """Every role of a configuration becomes a toy, and curves, which take most of what is then left, are not drawn."""
+    main.distributed.HEARTBEAT = 8
     report._draw = lambda chart, curves: ""
     coco_map.precision_recall_figure = lambda precision: str(precision.sum()).encode()
     RunConfig.segmenter = lambda self, role, num_classes: ToySegmenter(num_classes)  # type: ignore[method-assign]
     RunConfig.recipe = lambda self, name, categories: ToyRecipe(ToySegmenter(len(categories)))  # type: ignore
 
 
-def watch_files(workdir: str, at: int, pipe: int) -> None:
-    """Tells the parent when the ``at``-th change of a file below ``workdir`` begins, and which it is."""
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A run: the answer is ``{"codes": [...], "event": ..., "changes": ..., "seconds": ...}``.
+
+    Attributes:
+      workdir: of the run; what it says goes to ``<workdir>.log``, of a second process to ``<workdir>.1.log``.
+      arguments: the command line besides.
+      real: the configuration's models instead of toys.
+      kill: (text, n, seconds): the victim dies of SIGKILL ``seconds`` after it began its n-th change of a file in the
+        workdir whose path has ``text`` in it. ``event`` names that change; ``changes`` counts them all where none is
+        wanted; ``seconds`` tell how long the others lived on.
+      processes, devices: processes of the run, and devices of each.
+      victim: the process to kill.
+    """
+
+    workdir: str
+    arguments: list[str]
+    real: bool = False
+    kill: tuple[str, int, float] | None = None
+    processes: int = 1
+    devices: int = 1
+    victim: int = 0
+
+
+def watch_files(workdir: str, text: str, at: int, pipe: int) -> None:
+    """Tells the parent when the ``at``-th change of such a file below ``workdir`` begins; with 0, of every change."""
     seen = 0
 
     def hook(event: str, arguments: tuple) -> None:
@@ -95,21 +116,25 @@ def watch_files(workdir: str, at: int, pipe: int) -> None:
             changes = isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         else:
             changes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link")
-        if changes and str(arguments[0]).startswith(workdir):
+        path = str(arguments[0]) if changes else ""
+        if path.startswith(workdir) and text in path[len(workdir) :]:
             seen += 1
             if seen == at:
-                os.write(pipe, f"{event} {os.path.relpath(str(arguments[0]), workdir)}\n".encode())
+                os.write(pipe, f"{event} {path[len(workdir) + 1 :]}\n".encode())
             elif at == 0:
                 os.write(pipe, b".")
 
     sys.addaudithook(hook)
 
 
-def run(arguments: list[str], real: bool) -> None:
-    """One command, in this process."""
-    if not real:
+def run(command: Command, number: int, port: int) -> None:
+    """One process of the command; does not return."""
+    if not command.real:
         use_toys()
-    sys.argv[1:] = arguments
+    jax.config.update("jax_num_cpu_devices", command.devices)
+    several = {"coordinator": f"127.0.0.1:{port}", "num_processes": command.processes, "process_id": number}
+    arguments = [f"--config.distributed.{key}={value}" for key, value in several.items()]
+    sys.argv[1:] = ["--workdir", command.workdir, *command.arguments, *(arguments if command.processes > 1 else ())]
     try:
         main.run()
     except SystemExit as stop:  # absl's, after a run that ended well
@@ -119,31 +144,39 @@ def run(arguments: list[str], real: bool) -> None:
     main.distributed.leave(0)
 
 
-def serve() -> None:
-    for line in sys.stdin:
-        command = json.loads(line)
-        arguments, kill = command["arguments"], command.get("kill")
-        workdir = arguments[arguments.index("--workdir") + 1]
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            sink = os.open(f"{workdir}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+def answer(command: Command) -> dict:
+    """Runs the processes of a command."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    reading, writing = os.pipe()
+    children = []
+    for number in range(command.processes):
+        children.append(os.fork())
+        if children[-1] == 0:
+            path = f"{command.workdir}.{number}.log" if number else f"{command.workdir}.log"
+            sink = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
             os.dup2(sink, 1)
             os.dup2(sink, 2)
-            watch_files(workdir, kill[0] if kill else 0, writing)
-            run(arguments, command.get("real", False))
-        os.close(writing)
-        event = b""
-        if kill and (event := os.read(reading, 4096)):
-            time.sleep(kill[1])
-            os.kill(child, signal.SIGKILL)
-        changes = 0
-        while not kill and (more := os.read(reading, 4096)):
-            changes += len(more)
-        os.close(reading)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(json.dumps({"code": code, "event": event.decode().strip(), "changes": changes}), flush=True)
+            if number == command.victim:
+                watch_files(command.workdir, *(command.kill[:2] if command.kill else ("", 0)), writing)
+            else:
+                os.close(writing)
+            run(command, number, port)
+    os.close(writing)
+    event, changes = b"", 0
+    if command.kill and (event := os.read(reading, 4096)):
+        time.sleep(command.kill[2])
+        os.kill(children[command.victim], signal.SIGKILL)
+    while not command.kill and (more := os.read(reading, 4096)):
+        changes += len(more)
+    os.close(reading)
+    begin = time.monotonic()
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    seconds = time.monotonic() - begin
+    return {"codes": codes, "event": event.decode().strip(), "changes": changes, "seconds": seconds}
 
 
 if __name__ == "__main__":
-    serve()
+    for line in sys.stdin:
+        print(json.dumps(answer(Command(**json.loads(line)))), flush=True)
