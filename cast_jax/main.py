@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     except JaxRuntimeError as error:
         if not distributed.several():
             raise
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0][:200]
         logger.error("error: another process is gone, or cannot be reached (%s); %s", reason, _AGAIN)
         distributed.leave(1)
     except BaseException:

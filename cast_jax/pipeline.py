@@ -22,9 +22,9 @@ from jax.sharding import Mesh
 from cast_jax.core import distributed
 from cast_jax.core.annotations import Category
 from cast_jax.core.config import build, to_json
-from cast_jax.core.files import atomic_write, write_json
+from cast_jax.core.files import atomic_write, remove_temporaries, write_json
 from cast_jax.core.logging import environment
-from cast_jax.core.sharding import make_mesh, param_shardings
+from cast_jax.core.sharding import make_mesh, param_shardings, place
 from cast_jax.data.checks import check_sources
 from cast_jax.data.datasets import Datasets, open_datasets
 from cast_jax.data.pipeline import make_loader
@@ -72,6 +72,8 @@ def run(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     """
     workdir = Path(workdir)
     require_same(config, workdir)
+    if distributed.is_first():
+        remove_temporaries(workdir)
     pipeline = Pipeline(config, workdir)
     distributed.require_same("the configuration", {**to_json(config), "distributed": None})
     pipeline.check()
@@ -248,7 +250,7 @@ class Pipeline:
         params, _, _ = load_weights(path)
         segmenter = self.config.segmenter(self.config.steps[name].model, self.categories)
         params = merge_weights(segmenter.abstract(), params, (), str(path))
-        return self._predictor(segmenter), jax.device_put(params, param_shardings(params, self.mesh))
+        return self._predictor(segmenter), place(params, param_shardings(params, self.mesh))
 
     def _evaluate(
         self, predictor: Predictor, params: Params, folder: Path, exported: Path | None = None
@@ -271,10 +273,10 @@ class Pipeline:
             if index in shown:
                 picture = side_by_side(val.image(index), truth, detections, self.categories)
                 save_image(folder / "overlays" / f"{index:05d}.jpg", picture)
-        results = None
-        for other in distributed.gather(evaluator.collected() if distributed.several() else None)[1:]:
-            evaluator.extend(other)
+        results, others = None, distributed.gather(evaluator.collected() if distributed.several() else None)[1:]
         if distributed.is_first():
+            for other in others:
+                evaluator.extend(other)
             results = evaluator.write(folder / "evaluation")
             write_json(folder / "evaluation" / "results.json", results)
         results = distributed.agreed(results)

@@ -15,7 +15,7 @@ from cast_jax.core import distributed
 from cast_jax.core.annotations import Category
 from cast_jax.core.config import differences, to_json
 from cast_jax.core.errors import MissingStepError, UserError
-from cast_jax.core.files import read_json
+from cast_jax.core.files import TEMPORARY, read_json
 from cast_jax.core.optim import make_optimizer
 from cast_jax.core.sharding import check_batch_size, param_shardings
 from cast_jax.data.datasets import Datasets
@@ -40,7 +40,7 @@ def make_workdir(workdir: Path) -> None:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=workdir, prefix=".shared-") as probe:
+        with tempfile.NamedTemporaryFile(dir=workdir, prefix=".shared-", suffix=TEMPORARY) as probe:
             seen = (workdir / distributed.agreed(Path(probe.name).name)).exists()
             everywhere = all(distributed.gather(seen))
     except OSError as error:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool
 from cast_jax.core import metrics as metric
 from cast_jax.core.checkpoint import Checkpoints, TrainState
 from cast_jax.core.config import check_ranges
-from cast_jax.core.distributed import StopTogether, agreed, is_first
+from cast_jax.core.distributed import StopTogether, agreed, barrier, is_first
 from cast_jax.core.errors import DataError, DivergedError, UserError
 from cast_jax.core.files import read_json, write_json
 from cast_jax.core.logging import MetricsWriter, read_metrics
@@ -198,8 +198,9 @@ def train(
                 with watch.measure("wait"):
                     batch = shard_batch(_next(loader, name, step), run.mesh)
                 if step == start + 1:
-                    with watch.measure("compile"), stop.at_once():
+                    with watch.measure("compile"), stop.by_force():
                         run.compile(name, state, frozen, batch)
+                    barrier()  # the first exchange of data between processes does not wait long for the slowest one
                 profile.before(state)
                 with jax.profiler.StepTraceAnnotation(name, step_num=step):
                     state, metrics, finite = run(state, frozen, batch)

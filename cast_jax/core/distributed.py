@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import hashlib
 import itertools
 import json
 import logging
-import os
 import re
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
@@ -25,6 +24,7 @@ from jax._src import distributed as jax_distributed  # the only way to the coord
 
 from cast_jax.core.config import build, check_ranges
 from cast_jax.core.errors import UserError
+from cast_jax.core.runtime import end
 
 logger = logging.getLogger(__name__)
 HEARTBEAT = 25  # seconds without a sign of life after which jax ends the processes that are left
@@ -82,8 +82,9 @@ def initialize(config: Mapping[str, Any]) -> None:
         return
     known: dict[str, Any] = {"num_processes": options.num_processes, "process_id": options.process_id}
     known |= {"coordinator_address": options.coordinator, "cluster_detection_method": "deactivate"}
-    # SIGTERM is StopSignals' business. No dump of memory where jax ends a process whose peer has died.
-    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is StopSignals' business
+    # Where another process dies, jax says so and aborts; pages of stacks and a dump of memory would add nothing.
+    faulthandler.disable()
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -118,7 +119,7 @@ def _deadline(options: DistributedConfig) -> Iterator[None]:
 
     def expire() -> None:
         logger.error("error: %s: %s within %d s%s", at, missing, options.timeout, hint)
-        _end(1)
+        end(1)
 
     timer = threading.Timer(options.timeout, expire)
     timer.daemon = True
@@ -215,22 +216,14 @@ class StopTogether:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process without Python's clean-up.
+    """Ends this process by :func:`cast_jax.core.runtime.end`; Python's clean-up would wait for the other processes.
 
-    That would wait for the other processes, and may crash in threads that still compute. A process that fails waits a
-    moment for others with the same error; those that are elsewhere are ended by the heartbeat.
+    A process that fails waits a moment for others with the same error; those elsewhere are ended by the heartbeat.
     """
     if several():
         with contextlib.suppress(Exception):
             _client().wait_at_barrier("cast_jax/leaving", LEAVING * 1000)
-    _end(code)
-
-
-def _end(code: int) -> NoReturn:
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    end(code)
 
 
 def _client() -> Any:

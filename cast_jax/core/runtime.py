@@ -8,11 +8,12 @@ import logging
 import os
 import platform
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from cast_jax.core.errors import UserError
 logger = logging.getLogger(__name__)
 GIB = 2**30
 CGROUP_LIMITS = tuple(map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")))
+_STOPPING = "%s: stopping; run the same command again to continue"
 SETTINGS = {"compilation_cache": None, "debug_nans": False, "xla_flags": ""}
 
 
@@ -51,6 +53,17 @@ def setup(config: Mapping[str, Any] | None = None) -> None:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     jax.config.update("jax_debug_nans", bool(settings["debug_nans"]))
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process at once, once what was logged and printed is out.
+
+    Python's own clean-up may crash in threads of XLA that still work.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def default_cache_folder() -> Path:
@@ -121,7 +134,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._at_once = False
+        self._at_once = self._by_force = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -144,19 +157,56 @@ class StopSignals:
         finally:
             self._at_once = False
 
+    @contextlib.contextmanager
+    def by_force(self) -> Iterator[None]:
+        """Within, a signal ends the process even inside a call that Python cannot interrupt, such as compiling.
+
+        Nothing is cleaned up: for work during which nothing is being saved.
+        """
+        self.exit_if_received()
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+
+        def wait() -> None:
+            while number := os.read(reading, 1):
+                if number[0] in self._previous:
+                    self._end(number[0])
+
+        self._by_force = True
+        thread = threading.Thread(target=wait, name="signals", daemon=True)
+        thread.start()
+        previous = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            self._by_force = False
+            signal.set_wakeup_fd(previous)
+            os.close(writing)
+            thread.join()
+            os.close(reading)
+
     def exit_if_received(self) -> None:
         """Raises ``SystemExit(128 + signal)`` if a signal came."""
         if self.received is not None:
             raise SystemExit(128 + self.received)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._by_force:
+            self._end(number)
         self.received = number
         self._restore()
         name = signal.Signals(number).name
         if self._at_once:
-            logger.warning("%s: stopping; run the same command again to continue", name)
+            logger.warning(_STOPPING, name)
             self.exit_if_received()
         logger.warning("%s: saving after the current step, then stopping", name)
+
+    def _end(self, number: int) -> NoReturn:
+        logger.warning(_STOPPING, signal.Signals(number).name)
+        end(128 + number)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -80,13 +80,29 @@ def shard_params(params: Any, shardings: Any) -> Any:
 
     The copy matters: a plain ``device_put`` may hand back the very buffers it was given.
     """
-    placed = jax.device_put(params, shardings)
+    placed = place(params, shardings)
     return jax.jit(lambda tree: jax.tree.map(lambda x: x.copy(), tree), out_shardings=shardings)(placed)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Puts arrays, which every process has whole, on a mesh; ``shardings`` is one for all, or a tree like ``tree``."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def put(leaf: Any, sharding: NamedSharding) -> Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.jit(lambda: leaf, out_shardings=sharding)()
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda leaf: put(leaf, shardings), tree)
+    return jax.tree.map(put, tree, shardings)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Places ``tree`` whole on every device."""
-    return jax.device_put(tree, replicated(mesh))
+    return place(tree, replicated(mesh))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -25,6 +25,7 @@ from cast_jax.core.sharding import (
     like_params,
     micro_batches,
     param_shardings,
+    place,
     replicate,
     replicated,
     shard_params,
@@ -107,7 +108,7 @@ class TrainStep:
     def place(self, frozen: Mapping[str, Any] | None) -> dict[str, Any]:
         """The frozen arrays on the mesh, split over ``fsdp`` like parameters."""
         frozen = dict(frozen or {})
-        return jax.device_put(frozen, param_shardings(frozen, self.mesh)) if jax.tree.leaves(frozen) else frozen
+        return place(frozen, param_shardings(frozen, self.mesh)) if jax.tree.leaves(frozen) else frozen
 
     def compile(self, name: str, state: TrainState, frozen: dict[str, Any], batch: Any) -> None:
         """Compiles for these shapes (of arrays, or only described); says how long it took and what memory it needs."""

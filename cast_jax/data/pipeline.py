@@ -10,6 +10,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -163,8 +166,13 @@ class Loader(Iterator[Batch]):
             self._iterator = self._start()
         try:
             batch = next(self._iterator)
-        except BaseException:
+        except BaseException as error:
             self.close()  # grain has passed the batch that failed; the next call must not skip it
+            if isinstance(error, RuntimeError) and "Worker process" in str(error):
+                raise DataError(
+                    f"a worker process of the data loader died ({str(error).split('. ')[0]}); if memory was short, use "
+                    "fewer workers (config.data.loader.num_workers); run the same command again to continue"
+                ) from error
             raise
         self._next += 1
         # A worker's arrays live in shared memory that is freed with them: give out ordinary ones.
@@ -186,20 +194,30 @@ class Loader(Iterator[Batch]):
             self._iterator = None
 
     def _start(self) -> grain.DatasetIterator:
-        _one_opencv_thread(0, 1)
+        cv2.setNumThreads(
+            1
+        )  # batches are made in parallel already; OpenCV's own threads would only wait for each other
         reading = grain.ReadOptions(num_threads=self._config.num_threads, prefetch_buffer_size=self._config.prefetch)
         dataset = self._batches[self._next :].to_iter_dataset(reading)
         if self._config.num_workers:
             if not flags.FLAGS.is_parsed():  # grain reads its flags when it starts workers; its defaults are fine
                 flags.FLAGS.mark_as_parsed()
             workers = grain.MultiprocessingOptions(num_workers=self._config.num_workers, per_worker_buffer_size=1)
-            dataset = dataset.mp_prefetch(workers, worker_init_fn=_one_opencv_thread)
+            dataset = dataset.mp_prefetch(workers, worker_init_fn=_start_worker)
         return iter(dataset)
 
 
-def _one_opencv_thread(worker_index: int, worker_count: int) -> None:
-    """Images are made in parallel already; OpenCV's own threads would only wait for each other."""
+def _start_worker(worker_index: int, worker_count: int) -> None:
+    """Called in a worker process: one that is orphaned would otherwise wait for ever."""
     cv2.setNumThreads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, name="follow-parent", daemon=True).start()
 
 
 def eval_batches(

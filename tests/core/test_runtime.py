@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +69,37 @@ def test_a_signal_waits_unless_told_otherwise_and_the_second_acts_at_once():
     with runtime.StopSignals() as stop, pytest.raises(SystemExit) as stopped, stop.at_once():
         os.kill(os.getpid(), signal.SIGTERM)
     assert stopped.value.code == 143
+
+
+IN_A_LONG_CALL = """
+import hashlib, logging
+from cast_jax.core.runtime import StopSignals
+logging.basicConfig()
+with StopSignals() as stop, stop.by_force():
+    print("begun", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # as long as compiling can be; Python's handlers wait for it
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_by_force_a_signal_ends_a_call_that_python_cannot_interrupt(number):
+    command = [sys.executable, "-c", f"import signal; signal.signal(2, signal.default_int_handler){IN_A_LONG_CALL}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"{number.name}: stopping; run the same command again to continue" in said
+
+
+def test_by_force_changes_nothing_where_no_signal_comes():
+    with runtime.StopSignals() as stop:
+        with stop.by_force():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        with pytest.raises(SystemExit), stop.by_force():
+            raise AssertionError("not reached")
 
 
 def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path):

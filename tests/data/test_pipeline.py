@@ -5,7 +5,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -273,3 +279,37 @@ def test_eval_batches_read_one_batch_ahead_and_stop_when_left():
 def test_eval_batches_name_the_file_that_fails():
     with pytest.raises(DataError, match=r"1\.png"):
         list(eval_batches(Memory(3, broken=1), (8, 8), 2))
+
+
+def test_a_worker_that_dies_is_said_to_within_seconds_and_the_batch_is_made_again():
+    loader = make_loader(Memory(5), None, config(view=VARIED_VIEW, num_workers=2))
+    expected = take(make_loader(Memory(5), None, config(view=VARIED_VIEW)), 40)
+    next(loader)
+    worker = multiprocessing.active_children()[0]
+    os.kill(worker.pid, signal.SIGKILL)
+    begin = time.monotonic()
+    with pytest.raises(DataError, match=r"worker process .* died .*exit code -9.*num_workers"):
+        list(itertools.islice(loader, 40))
+    assert time.monotonic() - begin < 30
+    place = loader.get_state()["next_batch"]
+    assert_same(take(loader, 2), expected[place : place + 2])
+
+
+ORPHAN = """
+import os, signal, sys, time
+sys.path[:0] = sys.argv[1:]
+from test_pipeline import Memory, config, make_loader
+if __name__ == "__main__":
+    loader = make_loader(Memory(5), None, config(num_workers=1))
+    next(loader)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_run_that_is_killed(tmp_path):
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    here = Path(__file__).parent
+    command = [sys.executable, str(tmp_path / "orphan.py"), str(here), str(here.parents[1])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=tmp_path)
+    process.communicate(timeout=100)  # workers inherit the pipe: it is closed when the last one has ended
+    assert process.returncode == -signal.SIGKILL
