@@ -151,11 +151,13 @@ def compare(converted_file, theirs: torch.nn.Module, given) -> dict[str, float]:
     return errors | {"agreement": float(agreement)}
 
 
-def check(*args) -> None:
-    errors = compare(*args)
-    assert errors.pop("agreement") == 1.0
+def check(converted_file, theirs: torch.nn.Module, given, agreement: float = 1.0) -> dict[str, float]:
+    errors = compare(converted_file, theirs, given)
     for name, error in errors.items():
-        assert error < TOLERANCES[name.partition("/")[0]], (name, error)
+        if name != "agreement":
+            assert error < TOLERANCES[name.partition("/")[0]], (name, error)
+    assert errors["agreement"] >= agreement  # ranks of equal scores may swap
+    return errors
 
 
 def same(ours, others) -> bool:
@@ -345,7 +347,8 @@ def test_full_size(tmp_path):
     theirs = hugging_face(config)
     theirs.save_pretrained(tmp_path)
     images, pixel_mask, tokens, indices = inputs(config, (12, 12))
-    errors = compare(convert(tmp_path, config), theirs, (images[:1], pixel_mask[:1], tokens, indices[:1]))
+    given = images[:1], pixel_mask[:1], tokens, indices[:1]
+    errors = check(convert(tmp_path, config), theirs, given, agreement=0.99)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"\nmm_grounding_dino_l, 384 x 384: {time.monotonic() - started:.0f} s, {memory:.1f} GiB")
     for name, error in errors.items():
