@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import logging
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cast_jax.core.annotations import Category
+from cast_jax.core.annotations import Category, Detections, Instances
 from cast_jax.core.config import build, to_json
 from cast_jax.core.files import atomic_write, write_json
 from cast_jax.core.logging import environment
@@ -27,11 +27,14 @@ from cast_jax.data.checks import check_sources
 from cast_jax.data.datasets import Datasets, open_datasets
 from cast_jax.data.pipeline import make_loader
 from cast_jax.data.prefetch import Prefetcher
-from cast_jax.data.pseudo_labels import PseudoLabels, PseudoLabelWriter
+from cast_jax.data.pseudo_labels import PseudoLabels, PseudoLabelWriter, confident
 from cast_jax.data.sources.base import Source
 from cast_jax.data.sources.cityscapes import label_path
 from cast_jax.data.sources.pseudo_labelled import PseudoLabelled
+from cast_jax.data.sources.subset import Subset
+from cast_jax.data.splits import split_indices
 from cast_jax.evaluation import cityscapes
+from cast_jax.evaluation.audit import audit, calibration_figure, tenths_from
 from cast_jax.evaluation.coco_map import MaskAPEvaluator
 from cast_jax.export import load_weights, merge_weights, save_weights, weights_hash
 from cast_jax.models.functional import Functional, Params, count_parameters
@@ -48,6 +51,7 @@ from cast_jax.preflight import (
     require_same,
     result,
     starting_weights,
+    with_audit,
 )
 from cast_jax.recipes.semi_supervised import SemiSupervised
 from cast_jax.report import summary_table, write_report
@@ -81,7 +85,7 @@ class Pipeline:
 
     def __init__(self, config: Mapping[str, Any], workdir: Path):
         """``config`` holds the fields of :class:`RunConfig`. Raises :class:`UserError` where it does not."""
-        self.config, self.workdir = as_converted(build(RunConfig, config, "config")), workdir
+        self.config, self.workdir = as_converted(with_audit(build(RunConfig, config, "config"))), workdir
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -142,6 +146,8 @@ class Pipeline:
             self.pseudo_label(name.partition("/")[2] or by_teacher[self._latest(by_teacher)])
         elif name == "evaluate":
             self.evaluate(self._latest(evaluated(self.config)))
+        elif name == "audit":
+            self.audit()
         else:
             self.train(name)
 
@@ -159,6 +165,8 @@ class Pipeline:
             return
         _, start = starting_weights(self.config, name, self.workdir)
         labelled = self.datasets.pretrain if step.source == "pretrain" else self.datasets.labelled
+        if name == "audit":
+            labelled, _ = self._hidden_share()
         recipe = self.config.recipe(name, self.categories)
         logger.info(
             "%s: %s, %.2f M parameters, from %s",
@@ -305,6 +313,39 @@ class Pipeline:
                 overlay(source.image(index), found.masks, found.labels, found.scores, self.categories, long_side=480)
             )
         save_image(folder / "contact_sheet.jpg", contact_sheet(pictures))
+
+    def _hidden_share(self) -> tuple[Source, Source]:
+        """The labelled images that the audited teacher is trained on, and those whose labels it never sees."""
+        labelled, options = self.datasets.labelled, self.config.audit
+        hidden = min(max(round(options.share * len(labelled)), 1), len(labelled) - 1)
+        chosen, rest = split_indices(len(labelled), hidden, options.seed)
+        return Subset(labelled, rest), Subset(labelled, chosen)
+
+    def audit(self) -> None:
+        """Trains the teacher without a share of the labels and holds its pseudo-labels against these."""
+        self.train("audit")
+        predictor, params = self._trained("audit")
+        folder, options = self.workdir / "audit", self.config.pseudo_labels
+        _, hidden = self._hidden_share()
+        shown = set(np.linspace(0, len(hidden) - 1, min(self.config.audit.pictures, len(hidden))).astype(int).tolist())
+        pictures = []
+
+        def pairs() -> Iterator[tuple[Instances, Detections]]:
+            for index, found in predictor(params, hidden, label="auditing"):
+                truth, found = hidden.instances(index), confident(found, options.threshold, options.max_iou)
+                if index in shown:
+                    pictures.append(side_by_side(hidden.image(index), truth, found, self.categories, threshold=0.0))
+                yield truth, found
+
+        report = audit(pairs(), self.categories, score_edges=tenths_from(options.threshold))
+        images = [hidden.record(index).image_id for index in range(len(hidden))]
+        write_json(folder / "audit.json", {**report, "hidden_images": images})
+        atomic_write(folder / "calibration.png", calibration_figure(report))
+        if pictures:
+            save_image(folder / "contact_sheet.jpg", contact_sheet(pictures, columns=1, max_side=1600))
+        keys = ("precision", "recall", "mean_iou", "calibration_error")
+        values = ", ".join(f"{key} {report[key]:.3f}" for key in keys if report[key] is not None)
+        logger.info("audit: %d pseudo-labels in %d hidden images: %s", report["detections"], report["images"], values)
 
     # What the run leaves
 

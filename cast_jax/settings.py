@@ -97,6 +97,23 @@ class PseudoLabelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AuditConfig:
+    """How ``:audit`` looks at pseudo-labels.
+
+    Attributes:
+      share: of the labelled images whose labels are hidden from the teacher; one at least, drawn by ``seed``.
+      pictures: hidden images that are drawn with their truth and their pseudo-labels.
+    """
+
+    share: float = 0.25
+    seed: int = 0
+    pictures: int = 8
+
+    def __post_init__(self) -> None:
+        check_ranges(self, share="(0, 1)", seed="[0, inf)", pictures="[0, inf)")
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
     """How trained models are looked at.
 
@@ -166,6 +183,7 @@ class RunConfig:
     runtime: Mapping[str, str | bool | None] = dataclasses.field(default_factory=dict)
     pseudo_labels: PseudoLabelConfig = dataclasses.field(default_factory=PseudoLabelConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    audit: AuditConfig = dataclasses.field(default_factory=AuditConfig)
 
     def __post_init__(self) -> None:
         check_ranges(self, seed="[0, 4294967295]", embedding_dim="[1, 65536]")

@@ -6,7 +6,11 @@ Values marked (chosen) are ours where the paper is silent; the others are its ta
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import placeholder
 
-STEPS = ("cast", "pretrain", "finetune", "pseudo_label", "adapt", "distill", "refine", "student_supervised", "evaluate")
+STEPS = (
+    "cast",
+    *("pretrain", "finetune", "pseudo_label", "adapt", "distill", "refine", "student_supervised"),
+    *("evaluate", "audit", "check_data"),  # what looks at a run, and at its images
+)
 PIPELINE = (
     "finetune",
     "pseudo_label/finetuned",
@@ -79,6 +83,7 @@ def base(arguments: FrozenConfigDict, file: str) -> ConfigDict:
         "generated": {"train": 0, "val": 0, "source": 0, "image_size": (128, 256), "seed": 0},
     }
     config.pseudo_labels = {"threshold": 0.3, "max_iou": 0.5, "shard_size": 256}  # max_iou (chosen)
+    config.audit = {"share": 0.25, "seed": 0, "pictures": 8}
     config.evaluate = {
         "step": "",  # which trained step `:evaluate` looks at; empty: the last one
         "batch_size": 8,

@@ -31,6 +31,18 @@ STATISTICS = "stats.json"
 _HINT = "delete it and run the pseudo_label step again"
 
 
+def confident(found: Detections, threshold: float, max_iou: float) -> Detections:
+    """The detections that become pseudo-labels, best first as they come.
+
+    Args:
+      threshold: least score.
+      max_iou: of two that overlap by more, the one with the lower score is dropped; 1 keeps all.
+    """
+    kept = np.flatnonzero(np.asarray(found.scores) >= np.float32(threshold))
+    kept = kept[suppress_duplicates([found.rles[i] for i in kept], max_iou)]
+    return Detections(found.labels[kept], found.scores[kept], found.mask_quality[kept], [found.rles[i] for i in kept])
+
+
 class Shard(NamedTuple):
     """A shard still to be written: its number, and the indices of its images in the source."""
 
@@ -110,18 +122,19 @@ class PseudoLabelWriter:
     def _line(self, index: int, found: Detections) -> dict[str, Any]:
         record = self.source.record(index)
         height, width = image_size(record.path)
-        kept = np.flatnonzero(np.asarray(found.scores) >= np.float32(self.manifest["threshold"])).tolist()
-        if wrong := [found.rles[i]["size"] for i in kept if list(found.rles[i]["size"]) != [height, width]]:
+        if wrong := [rle["size"] for rle in found.rles if list(rle["size"]) != [height, width]]:
             raise ValueError(f"{record.path}: masks of size {wrong[0]} do not fit an image of {[height, width]}")
-        kept = [kept[i] for i in suppress_duplicates([found.rles[i] for i in kept], self.manifest["max_iou"])]
+        found = confident(found, self.manifest["threshold"], self.manifest["max_iou"])
         instances = [
             {
-                "category_id": self.categories[found.labels[i]].id,
-                "segmentation": found.rles[i],
-                "score": float(found.scores[i]),
-                "mask_quality": float(found.mask_quality[i]),
+                "category_id": self.categories[label].id,
+                "segmentation": rle,
+                "score": float(score),
+                "mask_quality": float(quality),
             }
-            for i in kept
+            for label, rle, score, quality in zip(
+                found.labels, found.rles, found.scores, found.mask_quality, strict=True
+            )
         ]
         where = {"image_id": record.image_id, "file_name": record.file_name, "height": height, "width": width}
         return where | {"instances": instances}
