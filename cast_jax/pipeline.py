@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from cast_jax.check_data import check_data
 from cast_jax.core.annotations import Category, Detections, Instances
 from cast_jax.core.config import build, to_json
 from cast_jax.core.files import atomic_write, write_json
@@ -69,6 +70,10 @@ def run(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
       UserError, DataError, MissingStepError: before the long work, saying how to mend it.
     """
     workdir = Path(workdir)
+    if config.get("step") == "check_data":
+        settings = build(RunConfig, config, "config").data
+        datasets = open_datasets({**dataclasses.asdict(settings), "on_unreadable": "skip"}, workdir)
+        return check_data(datasets, settings.max_instances, workdir / "check_data")
     require_same(config, workdir)
     pipeline = Pipeline(config, workdir)
     pipeline.check()
