@@ -20,8 +20,9 @@ from jax.sharding import Mesh
 
 from cast_jax.check_data import check_data
 from cast_jax.core.annotations import Category, Detections, Instances
-from cast_jax.core.config import build, to_json
-from cast_jax.core.files import atomic_write, write_json
+from cast_jax.core.config import build, differences, to_json
+from cast_jax.core.errors import UserError
+from cast_jax.core.files import atomic_write, read_json, write_json
 from cast_jax.core.logging import environment
 from cast_jax.core.sharding import make_mesh
 from cast_jax.data.checks import check_sources
@@ -207,7 +208,19 @@ class Pipeline:
         if not which:
             return self.datasets.unlabelled
         store = PseudoLabels.open(self.workdir / "pseudo_labels" / which)
+        self._record_labels(self.workdir / name / "pseudo_labels.json", store)
         return PseudoLabelled(self.datasets.unlabelled, store, self.categories)
+
+    def _record_labels(self, path: Path, store: PseudoLabels) -> None:
+        """Writes which labels a step is trained on; it may not go on with others (reviewed in between)."""
+        used = {"pseudo_labels": store.folder.name, **store.identity()}
+        if not path.exists():
+            write_json(path, used)
+        elif lines := differences(read_json(path), used, store.folder.name):
+            raise UserError(
+                f"{path.parent} began with other pseudo-labels; delete it to train on these. They differ in\n  "
+                + "\n  ".join(lines)
+            )
 
     def _export(self, params: Params, role: str, folder: Path, which: str) -> None:
         model = {"model": to_json(self.config.model[role]), "image_size": list(self.config.data.image_size)}
@@ -293,6 +306,8 @@ class Pipeline:
         )
         if not (pending := writer.pending_shards()) and (folder / "stats.json").exists():
             logger.info("pseudo_labels/%s: finished already", which)
+            if not (folder / "contact_sheet.jpg").exists():  # reviewed since
+                self._contact_sheet(folder)
             return
         predictor, params = self._trained(step)
         for shard in pending:

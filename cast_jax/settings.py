@@ -84,7 +84,7 @@ class PseudoLabelConfig:
 
     Attributes:
       threshold: least score.
-      max_iou: of two instances that overlap by more, the better one stays; 1 keeps all.
+      max_iou: of two instances that overlap by more, the better one stays; 1 keeps all but repeated ones.
       shard_size: images a shard.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,11 @@ from PIL import Image
 from tiny import drawn
 
 from cast_jax import pipeline
+from cast_jax.core.annotations import Detections, encode_mask
 from cast_jax.core.errors import UserError
 from cast_jax.core.files import write_json
+from cast_jax.data.pseudo_labels import PseudoLabelWriter
+from cast_jax.data.review import export_labels, import_labels
 from cast_jax.evaluation import cityscapes
 from cast_jax.export import save_weights
 from cast_jax.pipeline import Pipeline
@@ -75,10 +79,30 @@ def test_evaluate_leaves_the_official_ap(workdir, monkeypatch):
 
 
 def truth_as_detections(truth):
-    from cast_jax.core.annotations import Detections, encode_mask
-
     ones = np.ones(len(truth), np.float32)
     return Detections(truth.labels, ones, ones, [encode_mask(mask) for mask in truth.masks])
+
+
+def test_a_step_records_its_pseudo_labels_and_goes_on_with_no_others(workdir, tmp_path):
+    made = Pipeline(config("adapt"), tmp_path)
+    folder, pool = tmp_path / "pseudo_labels" / "finetuned", made.datasets.unlabelled
+    writer = PseudoLabelWriter(folder, pool, made.categories, "abc", threshold=0.0)
+    truth = made.datasets.labelled.instances(0)
+    writer.write_shard(0, [truth_as_detections(truth) for _ in range(len(pool))])
+    writer.finish()
+    before = len(made._unlabelled("adapt").instances(0))
+    recorded = json.loads((tmp_path / "adapt" / "pseudo_labels.json").read_text())
+    assert (recorded["pseudo_labels"], recorded["model_hash"], recorded["reviewed"]) == ("finetuned", "abc", "")
+    made._unlabelled("adapt")  # going on with the same ones
+    content = export_labels(folder)
+    content["annotations"] = content["annotations"][1:]
+    write_json(tmp_path / "labels.json", content)
+    import_labels(folder, tmp_path / "labels.json")
+    with pytest.raises(UserError, match=r"(?s)began with other pseudo-labels; delete it.*finetuned\.reviewed: '' -> '"):
+        made._unlabelled("adapt")
+    shutil.rmtree(tmp_path / "adapt")
+    assert len(made._unlabelled("adapt").instances(0)) == before - 1
+    assert len(json.loads((tmp_path / "adapt" / "pseudo_labels.json").read_text())["reviewed"]) == 16
 
 
 def test_an_audit_of_an_untrained_teacher(workdir):

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from pycocotools import mask as coco_mask
 
-from cast_jax.core.annotations import Category, Instances, decode_mask
+from cast_jax.core.annotations import Category, Instances, decode_mask, encode_mask
 from cast_jax.core.errors import DataError
 from cast_jax.data.sources.base import ImageRecord, check_relative, image_size, name_some, read_image
 
@@ -25,6 +25,7 @@ MAX_OVERHANG = 2.0
 """Pixels that a polygon's vertex may lie outside its image (COCO's own do, by rounding); it is cut at the border."""
 
 _KEPT = {"id", "image_id", "category_id", "segmentation", "iscrowd", "bbox", "file_name", "height", "width", "name"}
+_KEPT |= {"score", "mask_quality"}  # of pseudo-labels
 _LOG = logging.getLogger(__name__)
 
 
@@ -58,7 +59,7 @@ class Coco:
         on_fault: str = "error",
     ):
         self.annotations = Path(annotations)
-        content = _read_json(self.annotations)
+        content = read_annotations(self.annotations)
         self._categories = _read_categories(content, self.annotations)
         if categories is not None:
             require_same_categories(tuple(categories), self._categories, str(self.annotations))
@@ -195,7 +196,12 @@ def require_same_categories(expected: Sequence[Category], found: Sequence[Catego
         raise DataError(f"{where}: categories differ from the labelled set's: {name_some(differences, 20)}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_annotations(path: Path) -> dict[str, Any]:
+    """A COCO JSON's lists, with the keys of their entries that anything here reads; polygons as arrays.
+
+    Raises:
+      DataError: it is missing, not JSON, or lacks a list.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file, object_hook=_compact)
@@ -299,6 +305,15 @@ def _run_lengths(counts: str) -> list[int]:
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0
     return [-1] if shift else runs
+
+
+def encode_segmentation(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """A segmentation of :func:`read_annotations` as a compressed run-length code, ready for JSON.
+
+    Raises:
+      ValueError: it is none, or does not fit the image.
+    """
+    return encode_mask(_rasterise(_checked(segmentation, height, width), height, width))
 
 
 def _rasterise(shape: list[np.ndarray] | dict[str, Any], height: int, width: int) -> Bool[np.ndarray, "height width"]:
