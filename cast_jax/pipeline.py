@@ -31,10 +31,12 @@ from cast_jax.data.pipeline import make_loader
 from cast_jax.data.prefetch import Prefetcher
 from cast_jax.data.pseudo_labels import PseudoLabels, PseudoLabelWriter, confident
 from cast_jax.data.sources.base import Source
+from cast_jax.data.sources.cached import Cached
 from cast_jax.data.sources.cityscapes import label_path
 from cast_jax.data.sources.pseudo_labelled import PseudoLabelled
 from cast_jax.data.sources.subset import Subset
 from cast_jax.data.splits import split_indices
+from cast_jax.data.views import ViewConfig
 from cast_jax.evaluation import cityscapes
 from cast_jax.evaluation.audit import audit, calibration_figure, tenths_from
 from cast_jax.evaluation.coco_map import MaskAPEvaluator
@@ -182,7 +184,9 @@ class Pipeline:
             start or "fresh weights",
         )
         predictor = self._predictor(recipe.segmenter)
-        with Prefetcher(make_loader(labelled, self._unlabelled(name), self.config.loader_config(name))) as loader:
+        loading = self.config.loader_config(name)
+        labelled, unlabelled = (self._cached(part, loading.view) for part in (labelled, self._unlabelled(name)))
+        with Prefetcher(make_loader(labelled, unlabelled, loading)) as loader:
             train(
                 recipe,
                 config=self.config.train_config(name),
@@ -202,6 +206,11 @@ class Pipeline:
             loaded, _, _ = load_weights(start)
             params["segmenter"] = merge_weights(params["segmenter"], loaded, parts, str(start))
         return params
+
+    def _cached(self, source: Source, view: ViewConfig) -> Source:
+        """The source, by the folder of decoded images if there is to be one."""
+        folder = self.config.data.cache
+        return Cached(source, folder, view) if folder else source
 
     def _unlabelled(self, name: str) -> Source:
         which = self.config.steps[name].pseudo_labels

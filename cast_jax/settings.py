@@ -48,6 +48,8 @@ class DataConfig:
       on_unreadable: "error" or "skip".
       labelled: a COCO JSON, or how many of the training images keep their labels.
       split: a split file; see :mod:`cast_jax.data.splits`.
+      cache: a folder for decoded images, as large as the views need them (see
+        :class:`cast_jax.data.sources.cached.Cached`); empty for none.
       category_ids: of ADE20K: "instance100" (1 to 100) or "sceneparse150" (7 to 149).
     """
 
@@ -62,6 +64,7 @@ class DataConfig:
     root: str = ""
     split: str = ""
     category_ids: str = "instance100"
+    cache: str = ""
     labelled: str | int = ""
     unlabelled: str = ""
     val: str = ""

@@ -69,7 +69,8 @@ def base(arguments: FrozenConfigDict, file: str) -> ConfigDict:
         "kind": "",
         "image_size": (518, 1036),
         "max_instances": 100,
-        "on_unreadable": "error",  # or "skip": leave unreadable images out, counted
+        "on_unreadable": "error",  # or "skip": leave unreadable images and faulty annotations out, counted
+        "cache": "",  # a folder for decoded images: worth it where reading them is what the device waits for
         "split_seed": 0,
         "loader": {"num_threads": 4, "num_workers": 0, "prefetch": 4},
         "view": {
