@@ -11,7 +11,7 @@ import functools
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,28 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from cast_jax.check_data import check_data
 from cast_jax.core import distributed
-from cast_jax.core.annotations import Category
-from cast_jax.core.config import build, to_json
-from cast_jax.core.files import atomic_write, remove_temporaries, write_json
+from cast_jax.core.annotations import Category, Detections, Instances
+from cast_jax.core.config import build, differences, to_json
+from cast_jax.core.errors import UserError
+from cast_jax.core.files import atomic_write, read_json, remove_temporaries, write_json
 from cast_jax.core.logging import environment
 from cast_jax.core.sharding import make_mesh, param_shardings, place
 from cast_jax.data.checks import check_sources
 from cast_jax.data.datasets import Datasets, open_datasets
 from cast_jax.data.pipeline import make_loader
 from cast_jax.data.prefetch import Prefetcher
-from cast_jax.data.pseudo_labels import PseudoLabels, PseudoLabelWriter
+from cast_jax.data.pseudo_labels import PseudoLabels, PseudoLabelWriter, confident
 from cast_jax.data.sources.base import Source
+from cast_jax.data.sources.cached import Cached
 from cast_jax.data.sources.cityscapes import label_path
 from cast_jax.data.sources.pseudo_labelled import PseudoLabelled
+from cast_jax.data.sources.subset import Subset
+from cast_jax.data.splits import split_indices
+from cast_jax.data.views import ViewConfig
 from cast_jax.evaluation import cityscapes
+from cast_jax.evaluation.audit import audit, calibration_figure, tenths_from
 from cast_jax.evaluation.coco_map import MaskAPEvaluator
 from cast_jax.export import load_weights, merge_weights, save_weights, weights_hash
 from cast_jax.models.functional import Functional, Params, count_parameters
@@ -52,6 +59,7 @@ from cast_jax.preflight import (
     require_same,
     result,
     starting_weights,
+    with_audit,
 )
 from cast_jax.recipes.semi_supervised import SemiSupervised
 from cast_jax.report import summary_table, write_report
@@ -71,6 +79,10 @@ def run(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
       UserError, DataError, MissingStepError: before the long work, saying how to mend it.
     """
     workdir = Path(workdir)
+    if config.get("step") == "check_data":
+        settings = build(RunConfig, config, "config").data
+        datasets = open_datasets({**dataclasses.asdict(settings), "on_unreadable": "skip"}, workdir)
+        return check_data(datasets, settings.max_instances, workdir / "check_data")
     require_same(config, workdir)
     if distributed.is_first():
         remove_temporaries(workdir)
@@ -92,7 +104,7 @@ class Pipeline:
 
     def __init__(self, config: Mapping[str, Any], workdir: Path):
         """``config`` holds the fields of :class:`RunConfig`. Raises :class:`UserError` where it does not."""
-        self.config, self.workdir = as_converted(build(RunConfig, config, "config")), workdir
+        self.config, self.workdir = as_converted(with_audit(build(RunConfig, config, "config"))), workdir
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -157,6 +169,8 @@ class Pipeline:
             self.zero_shot()
         elif name == "evaluate":
             self.evaluate(self._latest(evaluated(self.config)))
+        elif name == "audit":
+            self.audit()
         else:
             self.train(name)
 
@@ -174,6 +188,8 @@ class Pipeline:
             return
         starts = starting_weights(self.config, name, self.workdir)
         labelled = self.datasets.pretrain if step.source == "pretrain" else self.datasets.labelled
+        if name == "audit":
+            labelled, _ = self._hidden_share()
         recipe = self.config.recipe(name, self.categories)
         parameters = count_parameters(recipe.segmenter.abstract()) / 1e6
         origin = ", ".join(map(str, starts)) or "random weights"
@@ -201,7 +217,8 @@ class Pipeline:
         predictor = self._predictor(recipe.segmenter)
         share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         batches = dataclasses.replace(self.config.loader_config(name), **share)
-        with Prefetcher(make_loader(labelled, self._unlabelled(name), batches)) as loader:
+        labelled, unlabelled = (self._cached(part, batches.view) for part in (labelled, self._unlabelled(name)))
+        with Prefetcher(make_loader(labelled, unlabelled, batches)) as loader:
             train(
                 recipe,
                 config=self.config.train_config(name),
@@ -221,12 +238,29 @@ class Pipeline:
             params["segmenter"] = start.merged_into(params["segmenter"], load_weights(start.path)[0])
         return params
 
+    def _cached(self, source: Source, view: ViewConfig) -> Source:
+        """The source, by the folder of decoded images if there is to be one."""
+        folder = self.config.data.cache
+        return Cached(source, folder, view) if folder else source
+
     def _unlabelled(self, name: str) -> Source:
         which = self.config.steps[name].pseudo_labels
         if not which:
             return self.datasets.unlabelled
         store = PseudoLabels.open(self.workdir / "pseudo_labels" / which)
+        self._record_labels(self.workdir / name / "pseudo_labels.json", store)
         return PseudoLabelled(self.datasets.unlabelled, store, self.categories)
+
+    def _record_labels(self, path: Path, store: PseudoLabels) -> None:
+        """Writes which labels a step is trained on; it may not go on with others (reviewed in between)."""
+        used = {"pseudo_labels": store.folder.name, **store.identity()}
+        if not path.exists():
+            write_json(path, used)
+        elif lines := differences(read_json(path), used, store.folder.name):
+            raise UserError(
+                f"{path.parent} began with other pseudo-labels; delete it to train on these. They differ in\n  "
+                + "\n  ".join(lines)
+            )
 
     def _export(self, params: Params, role: str, folder: Path, which: str) -> None:
         model = {"model": to_json(self.config.model[role]), "image_size": list(self.config.data.image_size)}
@@ -343,6 +377,8 @@ class Pipeline:
         pending = distributed.agreed([shard.number for shard in writer.pending_shards()])
         if distributed.agreed(not pending and (folder / "stats.json").exists()):
             logger.info("pseudo_labels/%s: finished already", which)
+            if distributed.is_first() and not (folder / "contact_sheet.jpg").exists():  # reviewed since
+                self._contact_sheet(folder)
             return
         predictor, params = self._trained(step)
         own = pending[jax.process_index() :: jax.process_count()]
@@ -374,6 +410,41 @@ class Pipeline:
                 overlay(source.image(index), found.masks, found.labels, found.scores, self.categories, long_side=480)
             )
         save_image(folder / "contact_sheet.jpg", contact_sheet(pictures))
+
+    def _hidden_share(self) -> tuple[Source, Source]:
+        """The labelled images that the audited teacher is trained on, and those whose labels it never sees."""
+        labelled, options = self.datasets.labelled, self.config.audit
+        hidden = min(max(round(options.share * len(labelled)), 1), len(labelled) - 1)
+        chosen, rest = split_indices(len(labelled), hidden, options.seed)
+        return Subset(labelled, rest), Subset(labelled, chosen)
+
+    def audit(self) -> None:
+        """Trains the teacher without a share of the labels and holds its pseudo-labels against these."""
+        self.train("audit")
+        predictor, params = self._trained("audit")
+        folder, options = self.workdir / "audit", self.config.pseudo_labels
+        _, hidden = self._hidden_share()
+        shown = set(np.linspace(0, len(hidden) - 1, min(self.config.audit.pictures, len(hidden))).astype(int).tolist())
+        pictures = []
+
+        def pairs() -> Iterator[tuple[Instances, Detections]]:
+            for index, found in predictor(params, hidden, label="auditing"):
+                truth, found = hidden.instances(index), confident(found, options.threshold, options.max_iou)
+                if index in shown:
+                    pictures.append(side_by_side(hidden.image(index), truth, found, self.categories, threshold=0.0))
+                yield truth, found
+
+        report = audit(pairs(), self.categories, score_edges=tenths_from(options.threshold))
+        if not distributed.is_first():  # all have predicted the few hidden images
+            return
+        images = [hidden.record(index).image_id for index in range(len(hidden))]
+        write_json(folder / "audit.json", {**report, "hidden_images": images})
+        atomic_write(folder / "calibration.png", calibration_figure(report))
+        if pictures:
+            save_image(folder / "contact_sheet.jpg", contact_sheet(pictures, columns=1, max_side=1600))
+        keys = ("precision", "recall", "mean_iou", "calibration_error")
+        values = ", ".join(f"{key} {report[key]:.3f}" for key in keys if report[key] is not None)
+        logger.info("audit: %d pseudo-labels in %d hidden images: %s", report["detections"], report["images"], values)
 
     # What the run leaves
 

@@ -74,8 +74,17 @@ def require_same(config: Mapping[str, Any], workdir: Path) -> None:
 def _settled(config: Mapping[str, Any], begun: set[str]) -> dict[str, Any]:
     """What results depend on: not the step that is asked for, the machine, and what is only looked at."""
     free = ("step", "file", "runtime", "mesh", "distributed", "evaluate", "profile")
+    free += () if "audit" in begun else ("audit",)
+    begun = begun | ({"finetune"} if "audit" in begun else set())
     steps = {name: step for name, step in config["steps"].items() if name in begun}
     return {key: value for key, value in config.items() if key not in free} | {"steps": steps}
+
+
+def with_audit(run: RunConfig) -> RunConfig:
+    """``run`` with the trained step "audit" where that is asked for: ``finetune`` on fewer images."""
+    if run.step != "audit" or "finetune" not in run.steps:
+        return run
+    return dataclasses.replace(run, steps={**run.steps, "audit": run.steps["finetune"]})
 
 
 # Fields of an encoder that change how it is trained, not what its weights mean.
@@ -207,6 +216,8 @@ def check_images(run: RunConfig, datasets: Datasets) -> None:
                 f"config.steps.{name}.source is 'pretrain', but data of kind {run.data.kind!r} has no images for "
                 "pretraining; use 'labelled'"
             )
+    if run.step == "audit" and len(datasets.labelled) < 2:
+        raise UserError(":audit hides the labels of some images and trains on the others; it needs two labelled images")
 
 
 def check_parameters(run: RunConfig, categories: Sequence[Category], mesh: Mesh, workdir: Path) -> None:

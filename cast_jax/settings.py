@@ -50,6 +50,8 @@ class DataConfig:
       on_unreadable: "error" or "skip".
       labelled: a COCO JSON, or how many of the training images keep their labels.
       split: a split file; see :mod:`cast_jax.data.splits`.
+      cache: a folder for decoded images, as large as the views need them (see
+        :class:`cast_jax.data.sources.cached.Cached`); empty for none.
       category_ids: of ADE20K: "instance100" (1 to 100) or "sceneparse150" (7 to 149).
     """
 
@@ -64,6 +66,7 @@ class DataConfig:
     root: str = ""
     split: str = ""
     category_ids: str = "instance100"
+    cache: str = ""
     labelled: str | int = ""
     unlabelled: str = ""
     val: str = ""
@@ -86,7 +89,7 @@ class PseudoLabelConfig:
 
     Attributes:
       threshold: least score.
-      max_iou: of two instances that overlap by more, the better one stays; 1 keeps all.
+      max_iou: of two instances that overlap by more, the better one stays; 1 keeps all but repeated ones.
       shard_size: images a shard.
     """
 
@@ -96,6 +99,23 @@ class PseudoLabelConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, threshold="[0, 1]", max_iou="[0, 1]", shard_size="[1, inf)")
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditConfig:
+    """How ``:audit`` looks at pseudo-labels.
+
+    Attributes:
+      share: of the labelled images whose labels are hidden from the teacher; one at least, drawn by ``seed``.
+      pictures: hidden images that are drawn with their truth and their pseudo-labels.
+    """
+
+    share: float = 0.25
+    seed: int = 0
+    pictures: int = 8
+
+    def __post_init__(self) -> None:
+        check_ranges(self, share="(0, 1)", seed="[0, inf)", pictures="[0, inf)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +191,7 @@ class RunConfig:
     pseudo_labels: PseudoLabelConfig = dataclasses.field(default_factory=PseudoLabelConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
+    audit: AuditConfig = dataclasses.field(default_factory=AuditConfig)
 
     def __post_init__(self) -> None:
         check_ranges(self, seed="[0, 4294967295]", embedding_dim="[1, 65536]")

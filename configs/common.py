@@ -8,15 +8,8 @@ from ml_collections.config_dict import placeholder
 
 STEPS = (
     "cast",
-    "pretrain",
-    "finetune",
-    "pseudo_label",
-    "adapt",
-    "distill",
-    "refine",
-    "student_supervised",
-    "evaluate",
-    "zero_shot",
+    *("pretrain", "finetune", "pseudo_label", "adapt", "distill", "refine", "student_supervised"),
+    *("evaluate", "zero_shot", "audit", "check_data"),  # what looks at models, at a run, and at its images
 )
 PIPELINE = (
     "finetune",
@@ -79,7 +72,8 @@ def base(arguments: FrozenConfigDict, file: str) -> ConfigDict:
         "kind": "",
         "image_size": (518, 1036),
         "max_instances": 100,
-        "on_unreadable": "error",  # or "skip": leave unreadable images out, counted
+        "on_unreadable": "error",  # or "skip": leave unreadable images and faulty annotations out, counted
+        "cache": "",  # a folder for decoded images: worth it where reading them is what the device waits for
         "split_seed": 0,
         "loader": {"num_threads": 4, "num_workers": 0, "prefetch": 4},
         "view": {
@@ -93,6 +87,7 @@ def base(arguments: FrozenConfigDict, file: str) -> ConfigDict:
         "generated": {"train": 0, "val": 0, "source": 0, "image_size": (128, 256), "seed": 0},
     }
     config.pseudo_labels = {"threshold": 0.3, "max_iou": 0.5, "shard_size": 256}  # max_iou (chosen)
+    config.audit = {"share": 0.25, "seed": 0, "pictures": 8}
     config.evaluate = {
         "step": "",  # which trained step `:evaluate` looks at; empty: the last one
         "batch_size": 8,

@@ -25,7 +25,7 @@ FLOORS = (
     ("preflight",),
     ("settings",),
     ("convert",),
-    ("trainer", "predict", "report", "export"),
+    ("trainer", "predict", "report", "export", "check_data"),
     ("recipes",),
     ("models", "losses", "contrastive", "data", "evaluation", "visualize"),
     ("core",),

@@ -62,8 +62,9 @@ def _coco(data: Mapping[str, Any], workdir: Path) -> Datasets:
             what = "a folder of images" if key == "unlabelled" else "a COCO JSON"
             raise DataError(f"config.data.{key} is not set; give {what}: --config.data.{key}=PATH")
     folders = {key: data[f"{key}_images"] if data.get(f"{key}_images") else None for key in ("labelled", "val")}
-    whole = Coco(paths["labelled"], images=folders["labelled"])
-    val = Coco(paths["val"], images=folders["val"], categories=whole.categories)
+    on_fault = data.get("on_unreadable", "error")
+    whole = Coco(paths["labelled"], images=folders["labelled"], on_fault=on_fault)
+    val = Coco(paths["val"], images=folders["val"], categories=whole.categories, on_fault=on_fault)
     unlabelled = ImageFolder(paths["unlabelled"]) if paths["unlabelled"] else None
     if not data.get("split"):
         assert unlabelled is not None

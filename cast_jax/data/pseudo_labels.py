@@ -31,6 +31,20 @@ STATISTICS = "stats.json"
 _HINT = "delete it and run the pseudo_label step again"
 
 
+def confident(found: Detections, threshold: float, max_iou: float) -> Detections:
+    """The detections that become pseudo-labels, best first as they come; never the same mask of a class twice.
+
+    Args:
+      threshold: least score.
+      max_iou: of two that overlap by more, the one with the lower score is dropped (1: only if repeated).
+    """
+    kept = np.flatnonzero(np.asarray(found.scores) >= np.float32(threshold))
+    kept = kept[suppress_duplicates([found.rles[i] for i in kept], max_iou)]
+    first = {(int(found.labels[i]), found.rles[i]["counts"]): i for i in reversed(kept)}
+    kept = np.sort(np.fromiter(first.values(), np.int64, len(first)))
+    return Detections(found.labels[kept], found.scores[kept], found.mask_quality[kept], [found.rles[i] for i in kept])
+
+
 class Shard(NamedTuple):
     """A shard still to be written: its number, and the indices of its images in the source."""
 
@@ -47,7 +61,7 @@ class PseudoLabelWriter:
       categories: what the positions in :class:`Detections` mean.
       model_hash: names the weights that make the labels.
       threshold: instances with a lower score are dropped.
-      max_iou: of two instances that overlap by more, the one with the lower score is dropped; 1 keeps all.
+      max_iou: of two instances that overlap by more, the one with the lower score is dropped (1: only if repeated).
       shard_size: images a shard.
 
     Raises:
@@ -92,12 +106,11 @@ class PseudoLabelWriter:
 
     def pending_shards(self) -> list[Shard]:
         """The shards that no run has finished."""
-        shards = _shards(self.manifest)
-        return [shard for shard in shards if not (self.folder / _shard_name(shard.number)).exists()]
+        return [shard for shard in shards(self.manifest) if not (self.folder / shard_name(shard.number)).exists()]
 
     def shard(self, number: int) -> Shard:
         """The shard of this number."""
-        return _shards(self.manifest)[number]
+        return shards(self.manifest)[number]
 
     def write_shard(self, number: int, detections: Sequence[Detections]) -> None:
         """Writes shard ``number`` from the detections of its images, in their order.
@@ -109,49 +122,54 @@ class PseudoLabelWriter:
         if len(detections) != len(indices):
             raise ValueError(f"shard {number} has {len(indices)} images, not {len(detections)}")
         lines = [json.dumps(self._line(index, found)) for index, found in zip(indices, detections, strict=True)]
-        atomic_write(self.folder / _shard_name(number), "\n".join(lines) + "\n")
+        atomic_write(self.folder / shard_name(number), "\n".join(lines) + "\n")
 
     def _line(self, index: int, found: Detections) -> dict[str, Any]:
         record = self.source.record(index)
         height, width = image_size(record.path)
-        kept = np.flatnonzero(np.asarray(found.scores) >= np.float32(self.manifest["threshold"])).tolist()
-        if wrong := [found.rles[i]["size"] for i in kept if list(found.rles[i]["size"]) != [height, width]]:
+        if wrong := [rle["size"] for rle in found.rles if list(rle["size"]) != [height, width]]:
             raise ValueError(f"{record.path}: masks of size {wrong[0]} do not fit an image of {[height, width]}")
-        kept = [kept[i] for i in suppress_duplicates([found.rles[i] for i in kept], self.manifest["max_iou"])]
+        found = confident(found, self.manifest["threshold"], self.manifest["max_iou"])
         instances = [
             {
-                "category_id": self.categories[found.labels[i]].id,
-                "segmentation": found.rles[i],
-                "score": float(found.scores[i]),
-                "mask_quality": float(found.mask_quality[i]),
+                "category_id": self.categories[label].id,
+                "segmentation": rle,
+                "score": float(score),
+                "mask_quality": float(quality),
             }
-            for i in kept
+            for label, rle, score, quality in zip(
+                found.labels, found.rles, found.scores, found.mask_quality, strict=True
+            )
         ]
         where = {"image_id": record.image_id, "file_name": record.file_name, "height": height, "width": width}
         return where | {"instances": instances}
 
     def finish(self) -> dict[str, Any]:
         """Checks the finished store and writes and returns its statistics (``stats.json``)."""
-        store = PseudoLabels.open(self.folder)
-        names = {category.id: category.name for category in self.categories}
-        per_class: Counter[int] = Counter()
-        scores: list[float] = []
-        empty = 0
-        for line in store.lines():
-            per_class.update(instance["category_id"] for instance in line["instances"])
-            scores.extend(instance["score"] for instance in line["instances"])
-            empty += not line["instances"]
-        counts, edges = np.histogram(scores, bins=20, range=(0.0, 1.0))
-        statistics = {
-            "images": len(store),
-            "empty_images": empty,
-            "instances": len(scores),
-            "threshold": store.threshold,
-            "instances_per_class": {name: per_class[category_id] for category_id, name in names.items()},
-            "score_histogram": {"edges": np.round(edges, 2).tolist(), "counts": counts.tolist()},
-        }
-        write_json(self.folder / STATISTICS, statistics)
-        return statistics
+        return write_statistics(self.folder)
+
+
+def write_statistics(folder: Path) -> dict[str, Any]:
+    """Checks a finished store and writes and returns its statistics (``stats.json``)."""
+    store = PseudoLabels.open(folder)
+    per_class: Counter[int] = Counter()
+    scores: list[float] = []
+    empty = 0
+    for line in store.lines():
+        per_class.update(instance["category_id"] for instance in line["instances"])
+        scores.extend(instance["score"] for instance in line["instances"])
+        empty += not line["instances"]
+    counts, edges = np.histogram(scores, bins=20, range=(0.0, 1.0))
+    statistics = {
+        "images": len(store),
+        "empty_images": empty,
+        "instances": len(scores),
+        "threshold": store.threshold,
+        "instances_per_class": {category.name: per_class[category.id] for category in store.categories},
+        "score_histogram": {"edges": np.round(edges, 2).tolist(), "counts": counts.tolist()},
+    }
+    write_json(folder / STATISTICS, statistics)
+    return statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +179,8 @@ class PseudoLabels:
     Attributes:
       folder: where the shards are.
       categories, threshold, model_hash: as they were written.
+      content_hash: of all shards.
+      reviewed: the hash of the JSON in which people corrected them (:mod:`cast_jax.data.review`), or empty.
       places: image id to (shard number, byte offset of its line).
     """
 
@@ -168,6 +188,8 @@ class PseudoLabels:
     categories: tuple[Category, ...]
     threshold: float
     model_hash: str
+    content_hash: str
+    reviewed: str
     places: dict[int | str, tuple[int, int]]
 
     @staticmethod
@@ -183,18 +205,20 @@ class PseudoLabels:
                 f"{folder}: holds no pseudo-labels ({MANIFEST} is missing); run the pseudo_label step first"
             )
         manifest = read_json(folder / MANIFEST)
-        shards = _shards(manifest)
-        missing = [name for shard in shards if not (folder / (name := _shard_name(shard.number))).exists()]
+        wanted = shards(manifest)
+        missing = [name for shard in wanted if not (folder / (name := shard_name(shard.number))).exists()]
         if missing:
             raise DataError(
-                f"{folder}: {len(missing)} of {len(shards)} shards are missing ({name_some(missing, 5)}); "
+                f"{folder}: {len(missing)} of {len(wanted)} shards are missing ({name_some(missing, 5)}); "
                 "run the pseudo_label step again, it writes only these"
             )
         categories = tuple(Category(**category) for category in manifest["categories"])
         known = {category.id for category in categories}
         places: dict[int | str, tuple[int, int]] = {}
-        for shard in shards:
-            path, lines = folder / _shard_name(shard.number), 0
+        digest = hashlib.sha256()
+        for shard in wanted:
+            path, lines = folder / shard_name(shard.number), 0
+            digest.update(path.read_bytes())
             for offset, line in _read_lines(path):
                 image_id, lines = line["image_id"], lines + 1
                 if image_id in places:
@@ -204,7 +228,19 @@ class PseudoLabels:
                 places[image_id] = (shard.number, offset)
             if lines != len(shard.indices):
                 raise DataError(f"{path}: has {lines} images, not {len(shard.indices)}; {_HINT}")
-        return PseudoLabels(folder, categories, manifest["threshold"], manifest["model_hash"], places)
+        return PseudoLabels(
+            folder,
+            categories,
+            manifest["threshold"],
+            manifest["model_hash"],
+            digest.hexdigest()[:16],
+            manifest.get("reviewed", ""),
+            places,
+        )
+
+    def identity(self) -> dict[str, str]:
+        """What says which labels these are."""
+        return {key: getattr(self, key) for key in ("model_hash", "content_hash", "reviewed")}
 
     def __len__(self) -> int:
         return len(self.places)
@@ -219,22 +255,24 @@ class PseudoLabels:
                 f"{self.folder}: has no pseudo-labels for image {image_id!r}; run the pseudo_label step again"
             )
         number, offset = self.places[image_id]
-        with open(self.folder / _shard_name(number), "rb") as file:
+        with open(self.folder / shard_name(number), "rb") as file:
             file.seek(offset)
             return json.loads(file.readline())
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """All lines, in the order of the source, one at a time."""
         for number in range(max(number for number, _ in self.places.values()) + 1):
-            for _, line in _read_lines(self.folder / _shard_name(number)):
+            for _, line in _read_lines(self.folder / shard_name(number)):
                 yield line
 
 
-def _shard_name(number: int) -> str:
+def shard_name(number: int) -> str:
+    """The file of a shard."""
     return f"shard-{number:05d}.jsonl"
 
 
-def _shards(manifest: dict[str, Any]) -> list[Shard]:
+def shards(manifest: dict[str, Any]) -> list[Shard]:
+    """All shards of a store."""
     images, size = manifest["images"], manifest["shard_size"]
     starts = range(0, images, size)
     return [Shard(number, range(start, min(start + size, images))) for number, start in enumerate(starts)]

@@ -147,6 +147,15 @@ def eval_view(
     return warp_image(image, matrix, image_size, pixels_inside(box)), box, matrix[:2].astype(np.float32)
 
 
+def needed_size(size: tuple[int, int], config: ViewConfig) -> tuple[int, int]:
+    """The (height, width) at which an image is as large as the largest weak view needs it; never more than ``size``."""
+    turned = [size, size[::-1]] if config.rotate90 else [size]
+    fit = min if config.fit == "inside" else max
+    factors = [fit(config.image_size[0] / height, config.image_size[1] / width) for height, width in turned]
+    factor = min(config.scale[1] * max(factors), 1.0)
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
 def _scaled_size(size: tuple[int, int], canvas: tuple[int, int], fit: str, scale: float) -> tuple[int, int]:
     """(height, width) of an image of ``size`` at ``scale`` relative to its fit to the canvas, at least one pixel."""
     ratios = (canvas[0] / size[0], canvas[1] / size[1])

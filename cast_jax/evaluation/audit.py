@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -10,24 +11,27 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from matplotlib.figure import Figure
 from pycocotools import mask as coco_mask
 
 from cast_jax.core.annotations import Category, Detections, Instances, encode_mask
 from cast_jax.evaluation.class_names import class_names
 
-SCORE_EDGES = (0.3, 0.5, 0.7, 0.9, 1.0)
+SCORE_EDGES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclasses.dataclass
 class _Tally:
-    """Counts over detections: how many, how many of them right, and the sum of the right ones' IoU."""
+    """Counts over detections: how many, how many of them right; sums of their scores and of the right ones' IoU."""
 
     detections: int = 0
     correct: int = 0
     iou_sum: float = 0.0
+    score_sum: float = 0.0
 
-    def add(self, iou: float | None) -> None:
+    def add(self, score: float, iou: float | None) -> None:
         self.detections += 1
+        self.score_sum += score
         if iou is not None:
             self.correct += 1
             self.iou_sum += iou
@@ -38,7 +42,14 @@ class _Tally:
             "precision": _ratio(self.correct, self.detections),
             "recall": _ratio(self.correct, truth),
             "mean_iou": _ratio(self.iou_sum, self.correct),
+            "mean_score": _ratio(self.score_sum, self.detections),
         }
+
+
+def tenths_from(threshold: float) -> tuple[float, ...]:
+    """Score edges: ``threshold`` and every tenth above it."""
+    low = min(threshold, 0.999)  # scores of 1 only are a bin too
+    return (low, *(tenth / 10 for tenth in range(1, 11) if tenth / 10 > low))
 
 
 def audit(
@@ -62,9 +73,11 @@ def audit(
 
     Returns:
       JSON-ready: ``images``, ``truth`` (objects), ``detections``, ``precision``, ``recall``, ``mean_iou`` (of matches),
-      ``truth_per_image``, ``detections_per_image``; ``by_score``, a list of bins (``from``, ``to`` and the same
-      measures; ``recall`` is the share of all objects that this bin found, so the bins' recalls add up to the whole);
-      ``by_class``, name → the same measures and ``truth``. A ratio over nothing is ``None``.
+      ``mean_score``, ``truth_per_image``, ``detections_per_image``; ``by_score``, a list of bins (``from``, ``to`` and
+      the same measures; ``recall`` is the share of all objects that this bin found, so the bins' recalls add up to the
+      whole); ``by_class``, name → the same measures with ``truth`` and the class's own ``by_score``; and
+      ``calibration_error``, the mean distance of a bin's precision from its mean score, weighted by its detections
+      (Naeini et al., AAAI 2015). A ratio over nothing is ``None``.
     """
     edges = np.asarray(score_edges, np.float32)  # as the scores are: 0.7 must not fall under the edge 0.7
     if len(edges) < 2 or not (np.diff(edges) > 0).all():
@@ -76,30 +89,66 @@ def audit(
     whole = _Tally()
     bins: dict[int, _Tally] = defaultdict(_Tally)
     classes: dict[int, _Tally] = defaultdict(_Tally)
+    cells: dict[tuple[int, int], _Tally] = defaultdict(_Tally)
     for truth, detections in pairs:
         images += 1
         truth_counts += np.bincount(truth.labels, minlength=len(categories))
         kept = np.flatnonzero(detections.scores >= edges[0])
         for index, iou in _match(truth, detections, kept, iou_threshold):
+            score, label = float(detections.scores[index]), int(detections.labels[index])
             score_bin = int(np.searchsorted(edges[1:-1], detections.scores[index], side="right"))
-            for tally in (whole, bins[score_bin], classes[int(detections.labels[index])]):
-                tally.add(iou)
+            for tally in (whole, bins[score_bin], classes[label], cells[label, score_bin]):
+                tally.add(score, iou)
     objects = int(truth_counts.sum())
+    spans = [{"from": float(low), "to": float(high)} for low, high in itertools.pairwise(score_edges)]
+    by_score = [span | bins[i].report(objects) for i, span in enumerate(spans)]
     return {
         "images": images,
         "truth": objects,
         **whole.report(objects),
         "truth_per_image": _ratio(objects, images),
         "detections_per_image": _ratio(whole.detections, images),
-        "by_score": [
-            {"from": float(low), "to": float(high), **bins[i].report(objects)}
-            for i, (low, high) in enumerate(itertools.pairwise(score_edges))
-        ],
+        "calibration_error": _ratio(
+            sum(abs(tally.correct - tally.score_sum) for tally in bins.values()), whole.detections
+        ),
+        "by_score": by_score,
         "by_class": {
-            name: {"truth": int(truth_counts[i]), **classes[i].report(int(truth_counts[i]))}
-            for i, name in enumerate(class_names(categories))
+            name: {
+                "truth": (count := int(truth_counts[label])),
+                **classes[label].report(count),
+                "by_score": [span | cells[label, i].report(count) for i, span in enumerate(spans)],
+            }
+            for label, name in enumerate(class_names(categories))
         },
     }
+
+
+def calibration_figure(report: dict[str, Any]) -> bytes:
+    """A PNG of an :func:`audit`: each bin's precision over its mean score, and how many detections and finds it has."""
+    figure = Figure(figsize=(6.4, 6.4), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
+    bins = [entry for entry in report["by_score"] if entry["detections"]]
+    above.plot((0, 1), (0, 1), color="#808080", lw=1, ls="--", label="calibrated")
+    scores, precisions = ([entry[key] for entry in bins] for key in ("mean_score", "precision"))
+    above.plot(scores, precisions, color="#2f6fde", lw=2, marker="o", label="precision")
+    finds = [(entry["mean_score"], entry["mean_iou"]) for entry in bins if entry["mean_iou"] is not None]
+    above.plot(*zip(*finds, strict=True) if finds else ((), ()), color="#e0662f", lw=2, marker="s", label="mask IoU")
+    error = report["calibration_error"]
+    above.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="precision at IoU 0.5, mask IoU of finds")
+    said = "no detections" if error is None else f"calibration error {error:.3f}"
+    above.set_title(f"Pseudo-labels of {report['images']} hidden images: {said}", loc="left", fontsize=11)
+    above.legend(loc="upper left", frameon=False)
+    edges = [(entry["from"], entry["to"] - entry["from"]) for entry in report["by_score"]]
+    counts = [entry["detections"] for entry in report["by_score"]]
+    lefts, widths = zip(*edges, strict=True)
+    below.bar(lefts, counts, widths, align="edge", color="#2f6fde", alpha=0.35, edgecolor="white")
+    below.set(xlabel="score", ylabel="detections")
+    for axes in (above, below):
+        axes.grid(color="#d8d8d8", lw=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
 
 
 def _match(

@@ -229,6 +229,34 @@ def test_inconsistent_content_is_refused(tmp_path, change, problem):
         Coco(_write(tmp_path, content))
 
 
+def test_faulty_annotations_are_listed_together_or_left_out(tmp_path, caplog):
+    sound = _annotation(1, [_polygon(1, 1, 4, 4)])
+    faulty = [
+        _annotation(2, [_polygon(1, 1, 4, 4)], image_id=99),
+        _annotation(3, [_polygon(1, 1, 4, 4)], category_id=5),
+        _annotation(1, [_polygon(0, 0, 2, 2)]),
+        _annotation([4], [[1, 2]]),
+    ]
+    path = _write(tmp_path, _content([sound, *faulty, _annotation(5, [_polygon(2, 2, 5, 5)])]))
+    problems = [
+        "image_id 99",
+        "category_id 5",
+        r"annotations\[3\]\.id 1 is not unique",
+        "annotation \\[4\\] of image 7",
+    ]
+    with pytest.raises(DataError, match="(?s)4 of 6 annotations are faulty:.*" + ".*".join(problems)):
+        Coco(path)
+    source = Coco(path, on_fault="skip")
+    assert (len(source.faults), len(source.instances(0))) == (4, 2)
+    assert "4 faulty annotations are left out" in caplog.text
+
+
+def test_boxes_outside_their_image_are_noted(tmp_path):
+    boxes = [[0, 0, 8, 6], [-1.5, 0, 9, 6], [-3, 0, 4, 4], [2, 2, 9, 2], [0, 0, 1, 9], "none", None]
+    annotations = [_annotation(i, [_polygon(1, 1, 4, 4)], bbox=box) for i, box in enumerate(boxes)]
+    assert _open(tmp_path, *annotations).boxes_outside == (2, 3, 4)
+
+
 def test_a_file_of_another_size_than_the_json_says(tmp_path):
     source = _open(tmp_path)
     Image.fromarray(np.zeros((8, 6, 3), np.uint8)).save(tmp_path / "train" / "a.png")

@@ -91,7 +91,7 @@ def test_the_threshold_is_inclusive_and_can_only_be_raised(tmp_path, images):
 def test_of_two_instances_on_the_same_pixels_the_better_one_stays(tmp_path, images):
     found = _found(0.9, 0.8, 0.7)
     half = _mask(0) | _mask(1)  # IoU 0.5 with the first, whatever its class
-    twice = dataclasses.replace(found, rles=[found.rles[0], encode_mask(half), found.rles[0]])
+    twice = dataclasses.replace(found, rles=[found.rles[0], encode_mask(half), encode_mask(half)])
     for max_iou, kept in ((1.0, [0.9, 0.8, 0.7]), (0.5, [0.9, 0.8]), (0.49, [0.9])):
         writer = _writer(tmp_path / str(max_iou), images, max_iou=max_iou)
         writer.write_shard(0, [twice, _found()])
@@ -259,3 +259,17 @@ def test_file_names_need_not_be_utf8(tmp_path):
     assert writer.finish()["instances"] == 3
     labelled = PseudoLabelled(images, PseudoLabels.open(tmp_path / "store"), _CATEGORIES)
     assert [len(labelled.instances(index).labels) for index in range(2)] == [1, 2]
+
+
+def test_the_same_mask_of_a_class_is_never_kept_twice(tmp_path, images):
+    """Not even where overlapping instances are wanted."""
+    detections = Detections(
+        labels=np.array([0, 1, 0, 0], np.int32),
+        scores=np.array([0.9, 0.8, 0.7, 0.6], np.float32),
+        mask_quality=np.ones(4, np.float32),
+        rles=[encode_mask(_mask(row)) for row in (1, 1, 1, 2)],
+    )
+    writer = _writer(tmp_path / "store", Subset(images, [0]), max_iou=1.0)
+    writer.write_shard(0, [detections])
+    kept = PseudoLabels.open(tmp_path / "store").read("a.png")["instances"]
+    assert [(round(k["score"], 1), k["category_id"]) for k in kept] == [(0.9, 24), (0.8, 33), (0.6, 24)]

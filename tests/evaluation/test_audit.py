@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
+import cv2
 import numpy as np
 import pytest
 
 from cast_jax.core.annotations import Category, Detections, Instances, encode_mask
-from cast_jax.evaluation.audit import audit
+from cast_jax.evaluation.audit import audit, calibration_figure, tenths_from
 
 CATEGORIES = (Category(1, "cat"), Category(2, "dog"))
 SIZE = (10, 40)
@@ -39,6 +40,9 @@ def found(objects):
     )
 
 
+EDGES = (0.3, 0.5, 0.7, 0.9, 1.0)
+
+
 def test_two_images_worked_by_hand():
     pairs = [
         (
@@ -48,24 +52,32 @@ def test_two_images_worked_by_hand():
         ),
         (truth([((0, 10), 0)]), found([((0, 10), 1, 0.4)])),  # the right mask under the wrong class
     ]
-    report = audit(iter(pairs), CATEGORIES)
+    report = audit(iter(pairs), CATEGORIES, score_edges=EDGES)
     json.dumps(report)
     assert (report["images"], report["truth"], report["detections"]) == (2, 3, 4)
     assert report["precision"] == pytest.approx(2 / 4)
     assert report["recall"] == pytest.approx(2 / 3)
     assert report["mean_iou"] == pytest.approx((0.8 + 0.6) / 2)
+    assert report["mean_score"] == pytest.approx((0.95 + 0.6 + 0.7 + 0.4) / 4)
     assert report["truth_per_image"] == 1.5
     assert report["detections_per_image"] == 2
-    assert report["by_score"] == [
-        {"from": 0.3, "to": 0.5, "detections": 1, "precision": 0, "recall": 0, "mean_iou": None},
-        {"from": 0.5, "to": 0.7, "detections": 1, "precision": 1, "recall": 1 / 3, "mean_iou": pytest.approx(0.6)},
-        {"from": 0.7, "to": 0.9, "detections": 1, "precision": 0, "recall": 0, "mean_iou": None},
-        {"from": 0.9, "to": 1.0, "detections": 1, "precision": 1, "recall": 1 / 3, "mean_iou": pytest.approx(0.8)},
+    # One detection a bin, of which the right ones' scores are too low and the wrong ones' too high.
+    assert report["calibration_error"] == pytest.approx((0.05 + 0.4 + 0.7 + 0.4) / 4)
+    columns = ("from", "to", "detections", "precision", "recall", "mean_iou", "mean_score")
+    by_score = [
+        (0.3, 0.5, 1, 0, 0, None, 0.4),
+        (0.5, 0.7, 1, 1, 1 / 3, 0.6, 0.6),
+        (0.7, 0.9, 1, 0, 0, None, 0.7),
+        (0.9, 1.0, 1, 1, 1 / 3, 0.8, 0.95),
     ]
-    assert report["by_class"] == {
-        "cat": {"truth": 2, "detections": 2, "precision": 0.5, "recall": 0.5, "mean_iou": pytest.approx(0.8)},
-        "dog": {"truth": 1, "detections": 2, "precision": 0.5, "recall": 1, "mean_iou": pytest.approx(0.6)},
-    }
+    for row, expected in zip(report["by_score"], by_score, strict=True):
+        assert row == {k: None if v is None else pytest.approx(v) for k, v in zip(columns, expected, strict=True)}
+    cat, dog = report["by_class"]["cat"], report["by_class"]["dog"]
+    measures = ("truth", "detections", "precision", "recall", "mean_iou", "mean_score")
+    assert [cat[key] for key in measures] == pytest.approx([2, 2, 0.5, 0.5, 0.8, 0.825])
+    assert [dog[key] for key in measures] == pytest.approx([1, 2, 0.5, 1, 0.6, 0.5])
+    assert [(row["detections"], row["recall"]) for row in cat["by_score"]] == [(0, 0), (0, 0), (1, 0), (1, 0.5)]
+    assert [(row["detections"], row["precision"]) for row in dog["by_score"]] == [(1, 0), (1, 1), (0, None), (0, None)]
 
 
 def test_the_better_score_chooses_first_whatever_the_order():
@@ -87,7 +99,7 @@ def test_a_detection_takes_the_free_object_that_it_overlaps_most():
 
 def test_edges_belong_to_the_upper_bin_and_one_to_the_last():
     scores = [0.3, 0.5, 0.7, 0.9, 1.0]
-    report = audit([(truth([]), found([((0, 5), 0, score) for score in scores]))], CATEGORIES)
+    report = audit([(truth([]), found([((0, 5), 0, score) for score in scores]))], CATEGORIES, score_edges=EDGES)
     assert [row["detections"] for row in report["by_score"]] == [1, 1, 1, 2]
 
 
@@ -120,3 +132,24 @@ def test_bad_arguments():
         audit([], CATEGORIES, score_edges=(0.5, 0.3))
     with pytest.raises(ValueError, match="iou_threshold"):
         audit([], CATEGORIES, iou_threshold=0)
+
+
+def test_bins_begin_at_the_threshold():
+    assert tenths_from(0.3) == (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    assert tenths_from(0.0)[:2] == (0.0, 0.1)
+    assert tenths_from(0.85) == (0.85, 0.9, 1.0)
+    one = audit([(truth([]), found([((0, 5), 0, 1.0)]))], CATEGORIES, score_edges=tenths_from(1.0))
+    assert one["detections"] == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_calibration_plot_shows_precision_over_score():
+    """Pictures of a sure and right labeller, of a sure and wrong one, and of none: all different."""
+    objects = truth([((0, 10), 0)])
+    reports = [
+        audit([(objects, found(seen))], CATEGORIES) for seen in ([((0, 10), 0, 0.95)], [((20, 30), 0, 0.95)], [])
+    ]
+    assert [report["calibration_error"] for report in reports] == [pytest.approx(0.05), pytest.approx(0.95), None]
+    pictures = [cv2.imdecode(np.frombuffer(calibration_figure(report), np.uint8), 1) for report in reports]
+    assert {picture.shape for picture in pictures} == {(960, 960, 3)}
+    assert not any(np.array_equal(pictures[i], pictures[j]) for i, j in ((0, 1), (0, 2), (1, 2)))

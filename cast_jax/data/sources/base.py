@@ -15,10 +15,13 @@ from typing import Protocol
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import ExifTags, Image
 
 from cast_jax.core.annotations import Category, Instances
 from cast_jax.core.errors import DataError
+
+MAX_SIDE = 32_766
+"""Pixels a side that an image may have: OpenCV cannot warp longer ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +99,30 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """The (height, width) in an image file's header. Raises :class:`DataError` as :func:`read_image` does."""
     try:
         with Image.open(path) as image:
+            if max(image.size) > MAX_SIDE:
+                raise ValueError(f"a side of {max(image.size)} pixels; {MAX_SIDE} is the most, cut it into tiles")
             return image.height, image.width
     except FileNotFoundError:
         raise DataError(f"{path}: no such image file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from error
+
+
+def orientation(path: str | os.PathLike[str]) -> int:
+    """The EXIF orientation in an image file's header, 1 (upright) if there is none. Raises as :func:`image_size`."""
+    try:
+        with Image.open(path) as image:
+            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, error) from error
+
+
+def leaves_folder(record: ImageRecord) -> bool:
+    """Whether an image is a link (or lies under one) to outside the folder that its file name is relative to."""
+    root = record.path
+    for _ in PurePosixPath(record.file_name).parts:
+        root = root.parent
+    return not record.path.resolve().is_relative_to(root.resolve())
 
 
 def read_label_map(path: str | os.PathLike[str]) -> tuple[str, np.ndarray]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +17,16 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from pycocotools import mask as coco_mask
 
-from cast_jax.core.annotations import Category, Instances, decode_mask
+from cast_jax.core.annotations import Category, Instances, decode_mask, encode_mask
 from cast_jax.core.errors import DataError
 from cast_jax.data.sources.base import ImageRecord, check_relative, image_size, name_some, read_image
 
 MAX_OVERHANG = 2.0
 """Pixels that a polygon's vertex may lie outside its image (COCO's own do, by rounding); it is cut at the border."""
 
-_KEPT = {"id", "image_id", "category_id", "segmentation", "iscrowd", "file_name", "height", "width", "name"}
+_KEPT = {"id", "image_id", "category_id", "segmentation", "iscrowd", "bbox", "file_name", "height", "width", "name"}
+_KEPT |= {"score", "mask_quality"}  # of pseudo-labels
+_LOG = logging.getLogger(__name__)
 
 
 class Coco:
@@ -36,9 +39,16 @@ class Coco:
       annotations: the JSON file.
       images: the folder of images; by default the folder beside the JSON with its name (``val.json``: ``val/``).
       categories: what the JSON's categories must be, ids and names (those of the labelled set, for the val set).
+      on_fault: "error" refuses annotations of an unknown image or category, with an id that is there already, or whose
+        segmentation is none; "skip" leaves them out.
+
+    Attributes:
+      faults: what is wrong with each annotation that was left out.
+      boxes_outside: the ids of annotations whose ``bbox`` (which nothing here reads) leaves its image.
 
     Raises:
-      DataError: a malformed JSON (names the key and the entry), other categories than asked for, or no folder.
+      DataError: a malformed JSON (names the key and the entry), faulty annotations (lists ten), other categories than
+        asked for, or no folder.
     """
 
     def __init__(
@@ -46,9 +56,10 @@ class Coco:
         annotations: str | os.PathLike[str],
         images: str | os.PathLike[str] | None = None,
         categories: Sequence[Category] | None = None,
+        on_fault: str = "error",
     ):
         self.annotations = Path(annotations)
-        content = _read_json(self.annotations)
+        content = read_annotations(self.annotations)
         self._categories = _read_categories(content, self.annotations)
         if categories is not None:
             require_same_categories(tuple(categories), self._categories, str(self.annotations))
@@ -56,7 +67,7 @@ class Coco:
         if not self.root.is_dir():
             raise DataError(f"{self.root}: no such folder with the images of {self.annotations}; set images")
         self._read_images(content["images"])
-        self._read_annotations(content["annotations"])
+        self._read_annotations(content["annotations"], on_fault)
 
     def _read_images(self, entries: list[dict[str, Any]]) -> None:
         where = str(self.annotations)
@@ -78,27 +89,53 @@ class Coco:
         if not self._ids:
             raise DataError(f"{where}: images is empty")
 
-    def _read_annotations(self, entries: list[dict[str, Any]]) -> None:
-        where = str(self.annotations)
+    def _read_annotations(self, entries: list[dict[str, Any]], on_fault: str) -> None:
         positions = {category.id: position for position, category in enumerate(self._categories)}
         image_of = {image_id: index for index, image_id in enumerate(self._ids)}
         by_image: list[list[tuple[int, bool, Any]]] = [[] for _ in self._ids]
+        seen: set[str] = set()
+        faults, outside = [], []
         for i, entry in enumerate(entries):
             name = entry.get("id", f"number {i}")
-            image_id = _field(entry, "image_id", where, "annotations", i, (int, str))
-            category_id = _field(entry, "category_id", where, "annotations", i, int)
-            if image_id not in image_of:
-                raise DataError(f"{where}: annotation {name} has image_id {image_id!r}, which is not in images")
-            if category_id not in positions:
-                raise DataError(f"{where}: annotation {name} has category_id {category_id}, which is not in categories")
-            index = image_of[image_id]
-            height, width = map(int, self._sizes[index])
             try:
-                shape = _checked(entry.get("segmentation"), height, width)
-            except ValueError as error:
-                raise DataError(f"{where}: annotation {name} of image {image_id}: segmentation {error}") from None
-            by_image[index].append((positions[category_id], bool(entry.get("iscrowd", 0)), shape))
+                index, label, shape = self._read_annotation(entry, name, i, image_of, positions)
+                if repr(name) in seen:
+                    raise DataError(f"{self.annotations}: annotations[{i}].id {name!r} is not unique")
+            except DataError as fault:
+                faults.append(str(fault))
+                continue
+            seen.add(repr(name))
+            by_image[index].append((label, bool(entry.get("iscrowd", 0)), shape))
+            if _leaves(entry.get("bbox"), *map(int, self._sizes[index])):
+                outside.append(name)
         self._by_image = [tuple(of_image) for of_image in by_image]
+        self.faults, self.boxes_outside = tuple(faults), tuple(outside)
+        if faults and on_fault != "skip":
+            listed = "\n  ".join(faults[:10])
+            raise DataError(
+                f"{self.annotations}: {len(faults)} of {len(entries)} annotations are faulty:\n  {listed}\n"
+                "mend them, or leave them out with on_unreadable='skip'"
+            )
+        if faults:
+            _LOG.warning("%d faulty annotations are left out: %s", len(faults), name_some(faults, 3))
+
+    def _read_annotation(
+        self, entry: dict[str, Any], name: Any, number: int, image_of: dict[int | str, int], positions: dict[int, int]
+    ) -> tuple[int, int, list[np.ndarray] | dict[str, Any]]:
+        """(image index, label, segmentation) of an annotation, or a :class:`DataError` that says what is wrong."""
+        where = str(self.annotations)
+        image_id = _field(entry, "image_id", where, "annotations", number, (int, str))
+        category_id = _field(entry, "category_id", where, "annotations", number, int)
+        if image_id not in image_of:
+            raise DataError(f"{where}: annotation {name} has image_id {image_id!r}, which is not in images")
+        if category_id not in positions:
+            raise DataError(f"{where}: annotation {name} has category_id {category_id}, which is not in categories")
+        index = image_of[image_id]
+        try:
+            shape = _checked(entry.get("segmentation"), *map(int, self._sizes[index]))
+        except ValueError as error:
+            raise DataError(f"{where}: annotation {name} of image {image_id}: segmentation {error}") from None
+        return index, positions[category_id], shape
 
     @property
     def categories(self) -> tuple[Category, ...]:
@@ -159,7 +196,12 @@ def require_same_categories(expected: Sequence[Category], found: Sequence[Catego
         raise DataError(f"{where}: categories differ from the labelled set's: {name_some(differences, 20)}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_annotations(path: Path) -> dict[str, Any]:
+    """A COCO JSON's lists, with the keys of their entries that anything here reads; polygons as arrays.
+
+    Raises:
+      DataError: it is missing, not JSON, or lacks a list.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file, object_hook=_compact)
@@ -236,6 +278,14 @@ def _checked(segmentation: Any, height: int, width: int) -> list[np.ndarray] | d
     return segmentation
 
 
+def _leaves(box: Any, height: int, width: int) -> bool:
+    """Whether a ``bbox`` (x, y, width, height) leaves its image by more than rounding; what is none does not."""
+    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, int | float) for side in box):
+        return False
+    x, y, wide, high = box
+    return min(x, y) < -MAX_OVERHANG or x + wide > width + MAX_OVERHANG or y + high > height + MAX_OVERHANG
+
+
 def _run_lengths(counts: str) -> list[int]:
     """Expands COCO's compressed counts: 5 bits a character, signed differences to the run before the last (maskApi.c).
 
@@ -255,6 +305,15 @@ def _run_lengths(counts: str) -> list[int]:
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0
     return [-1] if shift else runs
+
+
+def encode_segmentation(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """A segmentation of :func:`read_annotations` as a compressed run-length code, ready for JSON.
+
+    Raises:
+      ValueError: it is none, or does not fit the image.
+    """
+    return encode_mask(_rasterise(_checked(segmentation, height, width), height, width))
 
 
 def _rasterise(shape: list[np.ndarray] | dict[str, Any], height: int, width: int) -> Bool[np.ndarray, "height width"]:

@@ -1,0 +1,150 @@
+"""The thorough look at a data set: every pixel and every annotation once, counted, and held against the other sets."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from cast_jax.core.errors import DataError
+from cast_jax.data.sources.base import Source, leaves_folder, name_some, orientation
+
+
+@dataclasses.dataclass(frozen=True)
+class _Look:
+    """What one image holds, or the fault that keeps it from being used."""
+
+    fault: str = ""
+    size: tuple[int, int] = (0, 0)
+    digest: str = ""
+    labels: tuple[int, ...] = ()
+    turned: bool = False
+    link_out: bool = False
+
+
+def inspect(sources: Mapping[str, Source], max_instances: int) -> dict[str, Any]:
+    """Reads the images and annotations of all sources once, in parallel.
+
+    Args:
+      sources: by name; "val" has no cap on instances, and shares no image with the others.
+      max_instances: slots for the instances of a training image.
+
+    Returns:
+      JSON-ready: ``sets`` (name to counts: ``images``, ``unreadable``, ``instances``, ``images_without_instances``,
+      ``largest_number_of_instances``, ``over_cap``, ``instances_cut``, ``sizes``, ``classes``), ``shared_images``
+      (groups of the same pixels), and ``errors`` and ``warnings`` as sentences.
+    """
+    looks = {name: _look_at_all(name, source) for name, source in sources.items()}
+    errors, warnings = [], []
+    for name, source in sources.items():
+        errors += [f"{name}: {look.fault}" for look in looks[name] if look.fault]
+        errors += [f"{name}: {fault}" for fault in _noted(source, "faults")]
+        warnings += [f"{name}: {text}" for text in _warnings(source, looks[name], max_instances, name == "val")]
+    shared = list(_same_pixels(sources, looks))
+    for first, second in combinations(sources, 2):
+        files = [group[first][0] for group in shared if first in group and second in group]
+        if files:
+            text = f"{first} and {second} share {len(files)} images: {name_some(files, 3)}"
+            (errors if "val" in (first, second) else warnings).append(text)
+    for name in sources:
+        if repeated := [group[name] for group in shared if len(group.get(name, ())) > 1]:
+            some = name_some([" = ".join(files) for files in repeated], 3)
+            warnings.append(f"{name}: {len(repeated)} images are there more than once: {some}")
+    sets = {name: _counts(source, looks[name], max_instances, name == "val") for name, source in sources.items()}
+    return {"sets": sets, "shared_images": shared, "errors": errors, "warnings": warnings}
+
+
+def _look_at_all(name: str, source: Source) -> list[_Look]:
+    def look(index: int) -> _Look:
+        record = source.record(index)
+        try:
+            image = source.image(index)
+            labels = source.instances(index).labels.tolist() if source.categories else []
+            return _Look(
+                size=(image.shape[0], image.shape[1]),
+                digest=hashlib.blake2b(image.data, digest_size=16, key=repr(image.shape).encode()).hexdigest(),
+                labels=tuple(labels),
+                turned=orientation(record.path) != 1,
+                link_out=leaves_folder(record),
+            )
+        except DataError as error:
+            return _Look(fault=str(error))
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        looking = pool.map(look, range(len(source)))
+        return list(tqdm(looking, f"reading {name}", len(source), unit="image", disable=None))
+
+
+def _noted(source: Source, attribute: str) -> Sequence[Any]:
+    """What the source under any subset has noted of its annotations."""
+    while hasattr(source, "source"):
+        source = source.source
+    return getattr(source, attribute, ())
+
+
+def _warnings(source: Source, looks: list[_Look], max_instances: int, any_number: bool) -> Iterator[str]:
+    files = [source.record(index).file_name for index in range(len(source))]
+    over = [len(look.labels) - max_instances for look in looks if len(look.labels) > max_instances]
+    if over and not any_number:
+        yield f"{len(over)} images have more than {max_instances} instances, which cuts {sum(over)}"
+    if turned := [file for file, look in zip(files, looks, strict=True) if look.turned]:
+        yield f"{len(turned)} images have an EXIF orientation, which is not applied: {name_some(turned, 3)}"
+    if out := [file for file, look in zip(files, looks, strict=True) if look.link_out]:
+        yield f"{len(out)} images are links that leave their folder: {name_some(out, 3)}"
+    if boxes := _noted(source, "boxes_outside"):
+        yield f"{len(boxes)} annotations have a bbox outside their image, which is not used: {name_some(boxes, 3)}"
+    if source.categories:
+        seen = {label for look in looks for label in look.labels}
+        if absent := [category.name for label, category in enumerate(source.categories) if label not in seen]:
+            yield f"{len(absent)} classes have no instance: {name_some(absent, 10)}"
+
+
+def _same_pixels(sources: Mapping[str, Source], looks: Mapping[str, list[_Look]]) -> Iterator[dict[str, list[str]]]:
+    """Of every picture that is there more than once, its file names by source."""
+    places: defaultdict[str, dict[str, list[str]]] = defaultdict(dict)
+    for name, source in sources.items():
+        for index, look in enumerate(looks[name]):
+            if not look.fault:
+                places[look.digest].setdefault(name, []).append(source.record(index).file_name)
+    yield from (group for group in places.values() if sum(map(len, group.values())) > 1)
+
+
+def _counts(source: Source, looks: list[_Look], max_instances: int, any_number: bool) -> dict[str, Any]:
+    sound = [look for look in looks if not look.fault]
+    sizes = Counter(look.size for look in sound)
+    by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
+    counts: dict[str, Any] = {
+        "images": len(looks),
+        "unreadable": len(looks) - len(sound),
+        "sizes": {
+            "different": len(sizes),
+            "smallest": by_area[0] if by_area else None,
+            "largest": by_area[-1] if by_area else None,
+            "commonest": max(sizes, key=lambda size: sizes[size], default=None),
+        },
+    }
+    if not source.categories:
+        return counts
+    numbers = np.array([len(look.labels) for look in sound] or [0])
+    excess = np.zeros_like(numbers) if any_number else np.maximum(numbers - max_instances, 0)
+    instances = Counter(label for look in sound for label in look.labels)
+    images = Counter(label for look in sound for label in set(look.labels))
+    return counts | {
+        "instances": int(numbers.sum()),
+        "images_without_instances": sum(not look.labels for look in sound),
+        "largest_number_of_instances": int(numbers.max()),
+        "over_cap": int((excess > 0).sum()),
+        "instances_cut": int(excess.sum()),
+        "classes": [
+            {"id": category.id, "name": category.name, "instances": instances[label], "images": images[label]}
+            for label, category in enumerate(source.categories)
+        ],
+    }

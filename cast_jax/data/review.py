@@ -1,0 +1,143 @@
+"""Pseudo-labels for people to correct: out as one COCO JSON that annotation tools open, and back into the store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from cast_jax.core.annotations import decode_mask
+from cast_jax.core.errors import DataError
+from cast_jax.core.files import atomic_write, read_json, write_json
+from cast_jax.data.pseudo_labels import MANIFEST, PseudoLabels, shard_name, shards, write_statistics
+from cast_jax.data.sources.base import name_some
+from cast_jax.data.sources.coco import Coco, encode_segmentation, read_annotations
+
+_POLYGON_IOU = 0.9  # a polygon that shows less of its mask is no help to anybody
+_FINER = 4  # parts of a pixel's side
+
+
+def export_labels(folder: str | os.PathLike[str], polygons: bool = False) -> dict[str, Any]:
+    """A store as a COCO JSON: its ``file_name`` s, categories and ids; ``score`` and ``mask_quality`` an annotation.
+
+    Args:
+      folder: a finished store.
+      polygons: outlines instead of run lengths, for tools that cannot edit those, where an outline keeps an IoU of 0.9
+        with its mask (not for masks with holes or a pixel wide).
+    """
+    store = PseudoLabels.open(folder)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, line in enumerate(store.lines(), 1):
+        images.append({"id": number, **{key: line[key] for key in ("file_name", "height", "width")}})
+        for instance in line["instances"]:
+            rle = instance["segmentation"]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "iscrowd": 0,
+                    "area": int(coco_mask.area(rle)),
+                    "bbox": coco_mask.toBbox(rle).tolist(),
+                    **instance,
+                    "segmentation": (_outlines(rle) if polygons else None) or rle,
+                }
+            )
+    categories = [{"id": category.id, "name": category.name} for category in store.categories]
+    info = {"description": f"pseudo-labels of model {store.model_hash}, content {store.content_hash}"}
+    return {"info": info, "images": images, "annotations": annotations, "categories": categories}
+
+
+def import_labels(folder: str | os.PathLike[str], reviewed: str | os.PathLike[str]) -> dict[str, Any]:
+    """Replaces a store's labels by those of an edited export; its own stay beside it as ``<folder>.before_review``.
+
+    Images are known by their ``file_name``. Every annotation is an instance (tools call run lengths crowds); one
+    without ``score`` and ``mask_quality`` is a person's, and gets 1.
+
+    Args:
+      folder: the store.
+      reviewed: the JSON; its hash is kept in the store's manifest as ``reviewed``.
+
+    Returns:
+      The new statistics (``stats.json``).
+
+    Raises:
+      DataError: the JSON is no COCO JSON, or has other images, sizes or categories than the store; nothing is changed.
+    """
+    folder, reviewed = Path(folder), Path(reviewed)
+    store = PseudoLabels.open(folder)
+    Coco(reviewed, images=folder, categories=store.categories)  # finds everything that is wrong with a JSON
+    content = read_annotations(reviewed)
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    lines = {line["file_name"]: line for line in store.lines()}
+    for problem, files in (
+        ("lacks", sorted(lines.keys() - set(names.values()))),
+        ("has unknown", sorted(set(names.values()) - lines.keys())),
+    ):
+        if files:
+            raise DataError(f"{reviewed}: {problem} images: {name_some(files)}; all of the export's must be there")
+    for image in content["images"]:
+        if (size := (image["height"], image["width"])) != (wanted := _size(lines[image["file_name"]])):
+            raise DataError(f"{reviewed}: {image['file_name']} is {size} pixels (height, width), in {folder} {wanted}")
+    instances: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for number, entry in enumerate(content["annotations"]):
+        name = names[entry["image_id"]]
+        instances[name].append(
+            {
+                "category_id": entry["category_id"],
+                "segmentation": encode_segmentation(entry["segmentation"], *_size(lines[name])),
+                **{key: _share(entry, key, f"{reviewed}: annotations[{number}]") for key in ("score", "mask_quality")},
+            }
+        )
+    new = folder.with_name(f"{folder.name}.importing")
+    shutil.rmtree(new, ignore_errors=True)
+    manifest = read_json(folder / MANIFEST)
+    for shard in shards(manifest):
+        texts = [
+            json.dumps({**lines_of, "instances": instances[lines_of["file_name"]]})
+            for lines_of in list(lines.values())[shard.indices.start : shard.indices.stop]
+        ]
+        atomic_write(new / shard_name(shard.number), "\n".join(texts) + "\n")
+    digest = hashlib.sha256(reviewed.read_bytes()).hexdigest()[:16]
+    write_json(new / MANIFEST, {**manifest, "reviewed": digest})
+    statistics = write_statistics(new)
+    before = folder.with_name(f"{folder.name}.before_review")
+    if before.exists():
+        shutil.rmtree(folder)
+    else:
+        folder.rename(before)
+    new.rename(folder)
+    return statistics
+
+
+def _size(line: dict[str, Any]) -> tuple[int, int]:
+    return line["height"], line["width"]
+
+
+def _share(entry: dict[str, Any], key: str, where: str) -> float:
+    value = entry.get(key, 1.0)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise DataError(f"{where}.{key} is {value!r}; it must lie between 0 and 1, or be left out for 1")
+    return float(value)
+
+
+def _outlines(rle: dict[str, Any]) -> list[list[float]] | None:
+    """The mask's outlines as COCO polygons (x, y in pixels), or ``None`` where they do not show it well."""
+    mask = decode_mask(rle)
+    # Contours run through the centres of the outermost pixels, so the pixels are made smaller first.
+    finer = np.kron(mask, np.ones((_FINER, _FINER), np.uint8))
+    contours, _ = cv2.findContours(finer, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    simpler = [cv2.approxPolyDP(contour, _FINER / 2, True) for contour in contours]
+    polygons = [((contour.reshape(-1) + 0.5) / _FINER).round(2).tolist() for contour in simpler if len(contour) >= 3]
+    if not polygons:
+        return None
+    shown = coco_mask.merge(coco_mask.frPyObjects(polygons, *mask.shape))
+    return polygons if coco_mask.iou([rle], [shown], [0])[0, 0] >= _POLYGON_IOU else None

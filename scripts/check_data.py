@@ -1,0 +1,58 @@
+"""Reads every image and annotation once and says what is wrong with them; exit code 1 on errors.
+
+python scripts/check_data.py coco --labelled labelled.json --unlabelled images/ --val val.json
+python scripts/check_data.py cityscapes --root PATH [--split FILE]
+python scripts/check_data.py ade20k --root PATH --split FILE
+
+Counts images, instances, classes, sizes, empty and unreadable images, boxes outside, instances over the cap, and the
+same pixels in two sets; writes a report and sheets of samples with their masks. A run's own data, by its configuration:
+python -m cast_jax.main --config FILE:check_data --workdir FOLDER …
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+
+from cast_jax.check_data import check_data
+from cast_jax.core.errors import UserError
+from cast_jax.data.datasets import open_datasets
+from cast_jax.settings import DataConfig
+
+
+def main() -> None:
+    """Checks the data; what is wrong with them ends with its message and exit code 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("coco", "cityscapes", "ade20k"))
+    parser.add_argument("--root", default="", help="of Cityscapes or ADE20K")
+    parser.add_argument("--labelled", default="", help="a COCO JSON, or how many images keep their labels")
+    for name, meaning in (
+        ("unlabelled", "a folder, pattern or list of images"),
+        ("val", "a COCO JSON"),
+        ("labelled-images", "if not in the folder beside the JSON"),
+        ("val-images", "if not in the folder beside the JSON"),
+        ("split", "a split file"),
+    ):
+        parser.add_argument(f"--{name}", default="", help=meaning)
+    parser.add_argument("--max-instances", type=int, default=100, help="slots for an image's instances (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("check_data"), help="folder for the report (%(default)s)")
+    options = vars(parser.parse_args())
+    folder, labelled = options.pop("output"), options.pop("labelled")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    try:
+        data = DataConfig(
+            **options,
+            image_size=(1, 1),
+            labelled=labelled if options["kind"] == "coco" else int(labelled or 1),
+            on_unreadable="skip",
+        )
+        check_data(open_datasets(dataclasses.asdict(data), folder), data.max_instances, folder)
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Every kind of bad image and annotation: used as it should be, counted, or refused by name before a run."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cast_jax.core.annotations import Instances
+from cast_jax.core.errors import DataError
+from cast_jax.data.checks import check_source
+from cast_jax.data.inspection import inspect
+from cast_jax.data.sources.base import image_size, leaves_folder, orientation, read_image
+from cast_jax.data.sources.coco import Coco
+from cast_jax.data.sources.folder import ImageFolder
+from cast_jax.data.views import ViewConfig, make_views
+
+NOISE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+CONFIG = ViewConfig(image_size=(16, 24), max_instances=4)
+
+
+def truncated(path: Path) -> None:
+    Image.fromarray(NOISE).save(path)
+    path.write_bytes(path.read_bytes()[:-700])
+
+
+def bomb(path: Path) -> None:
+    """A PNG of a few hundred bytes that says that it is 30,000 x 30,000 pixels."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+def turned(path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(NOISE).save(path, exif=exif)
+
+
+USABLE = {
+    "deep.png": lambda path: Image.fromarray(NOISE[..., 0].astype(np.uint16) << 8).save(path),
+    "palette.png": lambda path: Image.fromarray(NOISE).quantize(16).save(path),
+    "cmyk.jpg": lambda path: Image.fromarray(NOISE).convert("CMYK").save(path),
+    "turned.jpg": turned,
+    "grey_alpha.png": lambda path: Image.fromarray(NOISE[..., :2], "LA").save(path),
+    "one_pixel.png": lambda path: Image.fromarray(NOISE[:1, :1]).save(path),
+    "wide.png": lambda path: Image.fromarray(np.resize(NOISE, (3, 30_000, 3))).save(path),
+    "high.png": lambda path: Image.fromarray(np.resize(NOISE, (30_000, 2, 3))).save(path),
+}
+UNUSABLE = {
+    "truncated.png": (truncated, "truncated"),
+    "truncated.jpg": (truncated, "truncated"),
+    "empty.png": (lambda path: path.write_bytes(b""), "cannot identify"),
+    "text.jpg": (lambda path: path.write_text("not an image"), "cannot identify"),
+    "bomb.png": (bomb, "decompression bomb"),
+    "long.png": (lambda path: Image.fromarray(np.zeros((1, 40_000), np.uint8)).save(path), "a side of 40000 pixels"),
+}
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_unusual_images_go_all_the_way_to_a_view(name, tmp_path):
+    USABLE[name](tmp_path / name)
+    image = read_image(tmp_path / name)
+    assert image.dtype == np.uint8
+    assert image.shape == (*image_size(tmp_path / name), 3)
+    views = make_views(image, Instances.empty(*image.shape[:2]), np.random.default_rng(0), CONFIG)
+    assert views["weak"]["image"].shape == (16, 24, 3)
+    assert orientation(tmp_path / name) == (6 if name == "turned.jpg" else 1)
+
+
+def test_cmyk_has_its_colours(tmp_path):
+    Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "red.tif")
+    np.testing.assert_array_equal(read_image(tmp_path / "red.tif"), np.broadcast_to((255, 0, 0), (4, 4, 3)))
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_unusable_images_are_found_before_a_run(name, tmp_path):
+    Image.fromarray(NOISE).save(tmp_path / "sound.png")
+    make, problem = UNUSABLE[name]
+    make(tmp_path / name)
+    source = ImageFolder(tmp_path)
+    with pytest.raises(DataError, match=rf"(?s)1 unreadable images of 2.*{name}.*{problem}"):
+        check_source("unlabelled", source, None)
+    report = check_source("unlabelled", source, None, "skip")
+    assert [report.source.record(i).file_name for i in range(len(report.source))] == ["sound.png"]
+    assert [problem in fault for fault in report.unreadable] == [True]
+
+
+def test_links_that_leave_their_folder_are_named(tmp_path):
+    outside, folder = tmp_path / "outside.png", tmp_path / "images"
+    Image.fromarray(NOISE).save(outside)
+    (folder / "sub").mkdir(parents=True)
+    Image.fromarray(NOISE[::-1]).save(folder / "own.png")
+    (folder / "sub" / "link.png").symlink_to(outside)
+    (folder / "sub" / "inner.png").symlink_to(folder / "own.png")
+    source = ImageFolder(folder)
+    assert [leaves_folder(source.record(i)) for i in range(3)] == [False, False, True]
+    report = inspect({"unlabelled": source}, 10)
+    assert report["errors"] == []
+    assert report["warnings"] == [
+        "unlabelled: 1 images are links that leave their folder: sub/link.png",
+        "unlabelled: 1 images are there more than once: own.png = sub/inner.png",
+    ]
+    # A folder that is a link itself is where its images are.
+    (tmp_path / "linked").symlink_to(folder)
+    assert not leaves_folder(ImageFolder(tmp_path / "linked").record(0))
+
+
+@pytest.mark.parametrize("name", ["../outside.png", "sub/../../outside.png", "/etc/outside.png", "C:\\outside.png"])
+def test_file_names_that_climb_out_are_refused(name, tmp_path):
+    (tmp_path / "set").mkdir()
+    image = {"id": 1, "file_name": name, "height": 4, "width": 4}
+    content = {"images": [image], "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "set.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"set\.json: images\[\]\.file_name: .* must be a path inside the folder"):
+        Coco(tmp_path / "set.json")
+
+
+def coco(folder: Path, name: str, pictures: dict[str, np.ndarray], annotations: list[dict]) -> Coco:
+    """A set of pictures by file name; annotations name their picture's position as ``image_id``."""
+    (folder / name).mkdir()
+    images = []
+    for number, (file, pixels) in enumerate(pictures.items()):
+        Image.fromarray(pixels).save(folder / name / file)
+        images.append({"id": number, "file_name": file, "height": pixels.shape[0], "width": pixels.shape[1]})
+    categories = [{"id": 4, "name": "box"}, {"id": 9, "name": "ring"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / f"{name}.json").write_text(json.dumps(content))
+    return Coco(folder / f"{name}.json", on_fault="skip")
+
+
+def square(number: int, image: int, side: int = 4, **more) -> dict:
+    corners = [0, 0, side, 0, side, side, 0, side]
+    return {"id": number, "image_id": image, "category_id": 4, "segmentation": [corners], **more}
+
+
+def test_an_inspection_counts_and_compares(tmp_path):
+    pictures = {f"{i}.png": np.roll(NOISE, i, axis=1) for i in range(6)}
+    of = lambda *numbers: {f"{i}.png": pictures[f"{i}.png"] for i in numbers}
+    annotations = [square(i, 0, bbox=[0, 0, 4, 4]) for i in range(3)]
+    annotations += [square(3, 1, bbox=[58, 0, 9, 4]), square(4, 99), square(5, 2, iscrowd=1)]
+    labelled = coco(tmp_path, "labelled", of(0, 1, 2), annotations)
+    val = coco(tmp_path, "val", of(2, 3), [square(0, 0), square(1, 1)])
+    (tmp_path / "pool").mkdir()
+    for name in ("1.png", "4.png"):
+        Image.fromarray(pictures[name]).save(tmp_path / "pool" / f"copy_of_{name}", compress_level=0)
+    bomb(tmp_path / "pool" / "bomb.png")
+    Image.fromarray(pictures["4.png"][:20]).save(tmp_path / "pool" / "5.png")
+    # The same bytes in another shape are another picture.
+    Image.fromarray(pictures["4.png"][:20].reshape(40, 30, 3)).save(tmp_path / "pool" / "6.png")
+
+    report = inspect({"labelled": labelled, "unlabelled": ImageFolder(tmp_path / "pool"), "val": val}, max_instances=2)
+    json.dumps(report)
+    assert report["sets"]["labelled"] == {
+        "images": 3,
+        "unreadable": 0,
+        "sizes": {"different": 1, "smallest": (40, 60), "largest": (40, 60), "commonest": (40, 60)},
+        "instances": 4,
+        "images_without_instances": 1,
+        "largest_number_of_instances": 3,
+        "over_cap": 1,
+        "instances_cut": 1,
+        "classes": [
+            {"id": 4, "name": "box", "instances": 4, "images": 2},
+            {"id": 9, "name": "ring", "instances": 0, "images": 0},
+        ],
+    }
+    pool = report["sets"]["unlabelled"]
+    assert (pool["images"], pool["unreadable"], pool["sizes"]["different"]) == (5, 1, 3)
+    assert report["shared_images"] == [
+        {"labelled": ["1.png"], "unlabelled": ["copy_of_1.png"]},
+        {"labelled": ["2.png"], "val": ["2.png"]},
+    ]
+    texts = [
+        "labelled: .*annotation 4 has image_id 99",
+        r"unlabelled: .*bomb\.png",
+        r"labelled and val share 1 .*2\.png",
+    ]
+    for text, pattern in zip(report["errors"], texts, strict=True):
+        assert re.search(pattern, text)
+    assert report["warnings"] == [
+        "labelled: 1 images have more than 2 instances, which cuts 1",
+        "labelled: 1 annotations have a bbox outside their image, which is not used: 3",
+        "labelled: 1 classes have no instance: ring",
+        "val: 1 classes have no instance: ring",
+        "labelled and unlabelled share 1 images: 1.png",
+    ]

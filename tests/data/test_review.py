@@ -1,0 +1,154 @@
+"""Pseudo-labels out to a COCO JSON, corrected, and back."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from cast_jax.core.annotations import Category, Detections, decode_mask, encode_mask
+from cast_jax.core.errors import DataError
+from cast_jax.core.files import read_json, write_json
+from cast_jax.data.pseudo_labels import PseudoLabels, PseudoLabelWriter
+from cast_jax.data.review import export_labels, import_labels
+from cast_jax.data.sources.folder import ImageFolder
+from cast_jax.data.sources.pseudo_labelled import PseudoLabelled
+
+CATEGORIES = (Category(24, "person"), Category(33, "bicycle"))
+SIZE = (40, 50)
+
+
+def disc(y, x, radius):
+    return cv2.circle(np.zeros(SIZE, np.uint8), (x, y), radius, 1, -1).astype(bool)
+
+
+RING = disc(20, 20, 12) & ~disc(20, 20, 8)
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Three images in two shards: a disc and a ring, nothing, a disc."""
+    (tmp_path / "images").mkdir()
+    for name in "abc":
+        Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(tmp_path / "images" / f"{name}.png")
+    writer = PseudoLabelWriter(
+        tmp_path / "store", ImageFolder(tmp_path / "images"), CATEGORIES, "abc", threshold=0.3, shard_size=2
+    )
+    first = found([disc(10, 38, 8), RING], [0, 1], [0.9, 0.5])
+    writer.write_shard(0, [first, found([], [], [])])
+    writer.write_shard(1, [found([disc(20, 20, 9)], [1], [0.7])])
+    writer.finish()
+    return tmp_path / "store"
+
+
+def found(masks, labels, scores):
+    count = len(labels)
+    return Detections(
+        np.array(labels, np.int32),
+        np.array(scores, np.float32),
+        np.full(count, 0.25, np.float32),
+        [encode_mask(mask) for mask in masks],
+    )
+
+
+def lines(folder):
+    return list(PseudoLabels.open(folder).lines())
+
+
+def test_a_round_trip_changes_nothing_but_the_hash(store, tmp_path):
+    before, known = lines(store), PseudoLabels.open(store)
+    write_json(tmp_path / "labels.json", export_labels(store))
+    assert import_labels(store, tmp_path / "labels.json") == read_json(store / "stats.json")
+    after = PseudoLabels.open(store)
+    assert lines(store) == before == lines(tmp_path / "store.before_review")
+    assert (known.reviewed, len(after.reviewed)) == ("", 16)
+    assert after.content_hash == known.content_hash
+    # The run goes on with it: its writer finds its own store, complete.
+    writer = PseudoLabelWriter(store, ImageFolder(tmp_path / "images"), CATEGORIES, "abc", threshold=0.3, shard_size=2)
+    assert writer.pending_shards() == []
+
+
+def test_pycocotools_reads_the_export(store, tmp_path, capsys):
+    for polygons in (False, True):
+        write_json(tmp_path / "labels.json", export_labels(store, polygons))
+        coco = COCO(str(tmp_path / "labels.json"))
+        assert [image["file_name"] for image in coco.loadImgs([1, 2, 3])] == ["a.png", "b.png", "c.png"]
+        annotations = coco.loadAnns(coco.getAnnIds())
+        assert [annotation["category_id"] for annotation in annotations] == [24, 33, 33]
+        assert [isinstance(annotation["segmentation"], list) for annotation in annotations] == [
+            polygons,
+            False,
+            polygons,
+        ]
+        for annotation, mask in zip(annotations, (disc(10, 38, 8), RING, disc(20, 20, 9)), strict=True):
+            shown = coco.annToMask(annotation).astype(bool)
+            assert (shown & mask).sum() / (shown | mask).sum() >= (0.9 if polygons else 1)
+            assert annotation["area"] == mask.sum()
+    capsys.readouterr()
+
+
+def test_corrections_come_back(store, tmp_path):
+    content = export_labels(store)
+    kept, ring, last = content["annotations"]
+    ring["category_id"] = 24
+    last["segmentation"] = [[10, 10, 30, 10, 30, 30, 10, 30]]
+    drawn = {"id": 77, "image_id": 2, "category_id": 24, "iscrowd": 1}
+    drawn["segmentation"] = {"size": list(SIZE), "counts": [0, 40, 1960]}  # run lengths as a list: the first column
+    content["annotations"] = [drawn, ring, last]
+    content["images"].reverse()
+    write_json(tmp_path / "labels.json", content)
+    identity = PseudoLabels.open(store).identity()
+    statistics = import_labels(store, tmp_path / "labels.json")
+    assert (statistics["instances"], statistics["empty_images"]) == (3, 0)
+    source = PseudoLabelled(ImageFolder(tmp_path / "images"), PseudoLabels.open(store), CATEGORIES)
+    of_a, of_b, of_c = (source.instances(index) for index in range(3))
+    assert (of_a.labels.tolist(), of_a.scores.tolist()) == ([0], [0.5])
+    np.testing.assert_array_equal(of_a.masks[0], RING)
+    assert (of_b.labels.tolist(), of_b.scores.tolist(), of_b.ignore.any()) == ([0], [1.0], False)
+    assert of_b.masks[0][:, 0].all()
+    assert of_b.masks[0].sum() == 40
+    expected = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(last["segmentation"], *SIZE)))
+    np.testing.assert_array_equal(of_c.masks[0], expected)
+    assert of_c.masks[0].sum() == 400
+    new = PseudoLabels.open(store).identity()
+    assert [new[key] == identity[key] for key in ("model_hash", "content_hash", "reviewed")] == [True, False, False]
+
+    # A second review keeps the model's own labels beside it.
+    content["annotations"].pop()
+    write_json(tmp_path / "labels.json", content)
+    assert import_labels(store, tmp_path / "labels.json")["instances"] == 2
+    originals = lines(tmp_path / "store.before_review")
+    np.testing.assert_array_equal(decode_mask(originals[0]["instances"][0]["segmentation"]), disc(10, 38, 8))
+    assert kept["score"] == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda c: c["images"].pop(1), r"lacks images: b\.png"),
+        (lambda c: c["images"][1].update(file_name="z.png"), r"lacks images: b\.png"),
+        (lambda c: c["images"].append({**c["images"][0], "id": 9, "file_name": "z.png"}), r"unknown images: z\.png"),
+        (lambda c: c["images"][1].update(height=41), r"b\.png is \(41, 50\)"),
+        (lambda c: c["annotations"][0].update(score=1.5), r"annotations\[0\]\.score is 1\.5"),
+        (lambda c: c["annotations"][0].update(mask_quality="good"), r"annotations\[0\]\.mask_quality is 'good'"),
+        (lambda c: c["annotations"][0].update(category_id=5), "category_id 5"),
+        (lambda c: c["annotations"][0].update(segmentation=[]), "segmentation is missing or empty"),
+        (lambda c: c["categories"][0].update(name="pedestrian"), "24 is 'pedestrian', not 'person'"),
+        (lambda c: c.pop("images"), "needs a list of objects under the key 'images'"),
+    ],
+)
+def test_a_faulty_review_changes_nothing(store, tmp_path, change, problem):
+    content = copy.deepcopy(export_labels(store))
+    change(content)
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    before = sorted((path.name, path.read_bytes()) for path in store.iterdir())
+    with pytest.raises(DataError, match=rf"labels\.json.*{problem}"):
+        import_labels(store, tmp_path / "labels.json")
+    assert sorted((path.name, path.read_bytes()) for path in store.iterdir()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "labels.json", "store"]
