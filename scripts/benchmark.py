@@ -1,7 +1,7 @@
 """Measures the costs that BENCHMARKS.md states. Each prints a Markdown table; ``--json FILE`` keeps the numbers.
 
 python scripts/benchmark.py contrastive      the contrastive loss with its gradient against PyTorch (needs torch)
-python scripts/benchmark.py step             one student update, with and without the contrastive term
+python scripts/benchmark.py step             a whole update of the student against PyTorch (needs torch)
 python scripts/benchmark.py encoder          DINOv2-S and the DPT neck at 518 x 518 against PyTorch eager (needs torch)
 """
 
@@ -27,13 +27,17 @@ from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.contrastive.loss import contrastive_loss
 from cast_jax.convert.dinov2 import reference as reference_dinov2
 from cast_jax.convert.dpt import reference as reference_dpt
-from cast_jax.losses.set_criterion import CriterionConfig
+from cast_jax.core.compiled import memory_bytes
+from cast_jax.core.flops import matrix_flops
+from cast_jax.core.sharding import shard_batch
+from cast_jax.core.step import TrainStep
 from cast_jax.models.dinov2 import DinoV2, DinoV2Config, dinov2_s
 from cast_jax.models.dpt import Dpt, DptConfig
 from cast_jax.models.functional import Functional
 from cast_jax.models.registry import build_segmenter, segmenter_config
-from cast_jax.models.student import ProjectionHead
+from cast_jax.models.student import ProjectionHead, StudentConfig
 from cast_jax.recipes.semi_supervised import ObjectiveConfig, SemiSupervised
+from cast_jax.trainer import TrainConfig, make_step
 
 
 def main() -> None:
@@ -193,28 +197,77 @@ def _status_kib(name: str) -> int:
 
 
 def student_step(repeats: int) -> list[dict[str, Any]]:
-    """``student_tiny`` at 128 x 128, 4 labelled and 4 unlabelled images in two views: gradient of the objective."""
-    size, classes = (128, 128), 8
-    segmenter = build_segmenter({"name": "student_tiny"}, [str(number) for number in range(classes)], size)
-    features = segmenter_config({"name": "student_tiny"}).feature_dim
-    projection = Functional(lambda rngs: ProjectionHead(features, 64, rngs=rngs))
-    batch = {
-        group: _group(jax.random.key(i), 4, size, 32, classes) for i, group in enumerate(("labelled", "unlabelled"))
+    """An update of ``student_s`` from labels, pseudo-labels and contrast (K = 256), and of labels alone, with AdamW.
+
+    On a CPU one labelled and one pseudo-labelled image of 252 x 504, in float32; elsewhere four and four of 518 x 1036
+    in bfloat16. Two views of each, 20 instances; against PyTorch's (``torch_step.py``) in eager mode, on a GPU also
+    compiled. Ratios are to PyTorch's time for the same row, by its literal and by its blocked contrastive loss.
+    """
+    import torch_step  # beside this file
+    from torch_contrastive import blocked, literal
+
+    size, images, classes = ((252, 504), 1, 8) if jax.default_backend() == "cpu" else ((518, 1036), 4, 8)
+    spec = {"name": "student_s", "encoder": {"remat": "none"}}
+    config = segmenter_config(spec)
+    assert isinstance(config, StudentConfig)
+    groups = {
+        name: _group(jax.random.key(i), images, size, 20, classes) for i, name in enumerate(("labelled", "unlabelled"))
     }
-    variants = {}
-    for weight in (0.0, 0.2):
-        objective = ObjectiveConfig(
-            pseudo_label_weight=1.0,
-            contrastive_weight=weight,
-            contrastive_stride=2,
-            criterion=CriterionConfig(num_points=None),
-            contrastive=ContrastiveConfig(num_negatives=64, num_anchors=128),
-        )
-        recipe = SemiSupervised(segmenter, projection, objective)
-        params = recipe.init(jax.random.key(0))
-        step = jax.jit(jax.grad(lambda p, b, r=recipe: r.loss_fn(p, {}, b, jax.random.key(2))[0]))
-        variants[f"contrastive weight {weight}"] = (step.lower(params, batch).compile(), (params, batch))
-    return compare(variants, repeats)
+    rows = []
+    for name, parts, anchors in (
+        ("refine", ("labelled",), 0),
+        ("distill, no contrast", ("labelled", "unlabelled"), 0),
+        ("distill, 1,024 anchors", ("labelled", "unlabelled"), 1_024),
+        ("distill, 4,096 anchors", ("labelled", "unlabelled"), 4_096),
+    ):
+        batch = {part: groups[part] for part in parts}
+        seconds, step, compiling = _our_update(spec, size, classes, batch, anchors, repeats)
+        row = {"update": name, "jax s": seconds, "images/s": len(parts) * images / seconds, "compiling s": compiling}
+        row["TFLOP"] = sum(matrix_flops(step.traced.jaxpr.jaxpr).values()) / 1e12
+        row["GiB (jax)"] = (memory_bytes(step.program) or 0) / 2**30
+        theirs = [torch_step.views(group) for group in batch.values()]
+        for kind, version in (("literal", literal), ("blocked", blocked)):
+            contrast = torch_step.Contrast(version, anchors) if anchors else None
+            if contrast is None and kind == "blocked":
+                continue
+            for how in ("eager", "compiled") if torch_step.DEVICE == "cuda" else ("eager",):
+                update = torch_step.Update(config, classes, theirs, contrast, compiled=how == "compiled")
+                row[f"{kind if anchors else 'torch'} {how} / jax"] = _median(update, repeats) / seconds
+                del update
+        rows.append({key: float(f"{value:.3g}") if isinstance(value, float) else value for key, value in row.items()})
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return [{column: row.get(column, "") for column in columns} for row in rows]
+
+
+def _our_update(
+    spec: dict[str, Any], size: tuple[int, int], classes: int, batch: dict[str, Any], anchors: int, repeats: int
+) -> tuple[float, TrainStep, float]:
+    """Median seconds of an update, the step, and the seconds it took to compile."""
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    segmenter = build_segmenter(spec, [str(n) for n in range(classes)], size, dtype=dtype)
+    projection = Functional(lambda rngs: ProjectionHead(segmenter_config(spec).feature_dim, 128, rngs=rngs))
+    objective = ObjectiveConfig(
+        pseudo_label_weight=float("unlabelled" in batch),
+        contrastive_weight=0.2 if anchors else 0.0,
+        contrastive=ContrastiveConfig(num_anchors=anchors or None),
+    )
+    step = make_step(SemiSupervised(segmenter, projection, objective), TrainConfig(steps=1_000))
+    state, batch = step.initial_state(), shard_batch(batch, step.mesh)
+    begin = time.perf_counter()
+    step.compile("student", state, {}, batch)
+    compiling = time.perf_counter() - begin
+
+    def update() -> None:
+        nonlocal state
+        state, _, finite = step(state, {}, batch)
+        jax.block_until_ready(finite)
+
+    return _median(update, repeats), step, compiling
+
+
+def _median(run: Callable[[], Any], repeats: int) -> float:
+    """Median seconds of a call, after one that is not timed."""
+    return _medians({"": run}, repeats)[""]
 
 
 def encoder(repeats: int) -> list[dict[str, Any]]:
@@ -338,29 +391,6 @@ def _group(key: jax.Array, count: int, size: tuple[int, int], instances: int, cl
         "strong_to_weak": jnp.tile(jnp.eye(2, 3), (count, 1, 1)),
         "instances_cut": jnp.zeros(count, jnp.int32),
     }
-
-
-def compare(variants: dict[str, tuple[Any, tuple[Any, ...]]], repeats: int) -> list[dict[str, Any]]:
-    """Median milliseconds of each compiled variant, called in turn, their ratio to the first, and temporary memory."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for compiled, arguments in variants.values():
-        jax.block_until_ready(compiled(*arguments))
-    for _ in range(repeats):
-        for name, (compiled, arguments) in variants.items():
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(*arguments))
-            times[name].append(time.perf_counter() - start)
-    first = statistics.median(next(iter(times.values())))
-    return [
-        {
-            "variant": name,
-            "median ms": round(1e3 * statistics.median(seconds), 1),
-            "least ms": round(1e3 * min(seconds), 1),
-            "ratio to first": round(statistics.median(seconds) / first, 2),
-            "temporary MiB": temporary_mib(variants[name][0]),
-        }
-        for name, seconds in times.items()
-    ]
 
 
 def temporary_mib(compiled: Any) -> float:

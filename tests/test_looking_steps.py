@@ -34,7 +34,7 @@ def config(step: str, **data) -> dict:
 def leave_weights(workdir: Path, step: str) -> None:
     """What a finished step leaves: random weights of its model."""
     made = Pipeline(config(step), workdir)
-    segmenter = made.config.segmenter("student", len(made.categories))
+    segmenter = made.config.segmenter("student", made.categories)
     model = {"model": made.config.model["student"], "image_size": list(made.config.data.image_size)}
     save_weights(workdir / step / "exported" / "last.safetensors", drawn(segmenter.abstract()), model, made.categories)
     metrics = {"loss/total": 1.0}
