@@ -32,7 +32,7 @@ from cast_jax.convert.sources import open_checkpoint
 from cast_jax.convert.verify import check_installed, format_stages, verify
 from cast_jax.core.config import to_json
 from cast_jax.core.errors import UserError
-from cast_jax.core.files import write_json
+from cast_jax.core.files import read_json, write_json
 
 WEIGHTS = "model.safetensors"
 
@@ -52,7 +52,7 @@ def convert(
       UserError: an unreadable source, or one that does not make the model (see ``engine.plan``), or whose
         ``config.json`` describes another; a destination that is a file, or the source's own folder.
     """
-    check_destination(source, destination)
+    check_destination(name, source, destination)
     named, given = known_model(name), open_checkpoint(source)
     family = family_of(named)
     checkpoint = family.prepared(given, named)
@@ -93,12 +93,20 @@ def convert(
     return config
 
 
-def check_destination(source: Path, destination: Path) -> None:
-    """Raises :class:`UserError` for a destination that is a file, or that holds the source."""
+def check_destination(name: str, source: Path, destination: Path) -> None:
+    """Raises :class:`UserError` for a destination that is a file, or that holds the source or other weights.
+
+    Weights of the same model, converted before, are replaced.
+    """
     if destination.exists() and not destination.is_dir():
         raise UserError(f"{destination}: the destination is a file; name a folder")
     if destination.resolve() in (source.resolve(), source.resolve().parent, source.parent.resolve()):
         raise UserError(f"{destination}: the destination holds the source; name another folder")
+    if (destination / WEIGHTS).exists():
+        path = destination / "config.json"
+        held = (read_json(path) if path.exists() else {}).get("converted", {}).get("name", "another origin")
+        if held != name:
+            raise UserError(f"{destination} holds weights of {held}; delete it, or name another folder")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -127,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _verified(name: str, source: Path, destination: Path, changes: Mapping[str, Any]) -> None:
     """Converts into a folder beside the destination, whose files go there only if every stage passes."""
     check_installed()
-    check_destination(source, destination)
+    check_destination(name, source, destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as folder:
         config = convert(name, source, Path(folder), changes, called=destination)

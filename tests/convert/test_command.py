@@ -142,6 +142,20 @@ def test_training_checkpoints_group_their_blocks(tmp_path):
     check("dinov2_s", source, tmp_path / "destination", encoder_changes())
 
 
+def test_weights_of_another_model_are_not_replaced(tmp_path):
+    source = save_torch(tmp_path / "x.pth", official_dinov2("pretrained.") | official_neck("depth_head."))
+    folder = tmp_path / "folder"
+    convert("dinov2_s", source, folder, encoder_changes())
+    convert("dinov2_s", source, folder, encoder_changes())
+    held = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="folder holds weights of dinov2_s; delete it, or name another folder"):
+        convert("dinov2_dpt_s", source, folder, neck_changes())
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match="folder holds weights of another origin"):
+        convert("dinov2_s", source, folder, encoder_changes())
+    assert (folder / "model.safetensors").read_bytes() == held
+
+
 def test_a_student_starts_from_it(tmp_path):
     """What ``config.init`` does: the parts are merged into a student, strictly."""
     source = save_torch(tmp_path / "x.pth", official_dinov2("pretrained.") | official_neck("depth_head."))
