@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import logging
 import re
 import sys
@@ -46,7 +47,8 @@ def main(argv: list[str]) -> None:
             logger.warning("%s", note)
         pipeline.run(config, workdir)
     except (UserError, DivergedError, OSError) as error:
-        logger.error("error: %s", error)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        logger.error("error: %s%s", error, f" (for {workdir}): free some, then run the same command again to continue" if full else "")
         distributed.leave(1)
     except SystemExit as stopped:  # by a signal
         distributed.leave(int(stopped.code or 0))

@@ -8,10 +8,14 @@ shardings, so a run saved on eight GPUs opens on one CPU.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
+import errno
 import logging
 import math
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +92,10 @@ class Checkpoints:
 
     def close(self) -> None:
         """Finishes pending writes."""
-        self._manager.wait_until_finished()
-        self._prune()
-        self._manager.close()
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._prune()
+            self._manager.close()
 
     def steps(self) -> list[int]:
         """The steps that are there, ascending."""
@@ -129,11 +134,12 @@ class Checkpoints:
         step = int(state.step)
         if step in self.steps():
             return
-        self._manager.wait_until_finished()
-        self._prune()
         record = {"metadata": metadata, "loader": _to_json(loader_state), "shapes": _shapes(state)}
         items = {"state": ocp.args.StandardSave(state), "record": ocp.args.JsonSave(record)}
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._prune()
+            self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, like: TrainState) -> Restored | None:
         """The newest readable checkpoint, or None if there is none.
@@ -183,6 +189,18 @@ class Checkpoints:
         if evaluations != self._evaluations and is_first():
             write_json(self.folder / EVALUATIONS, {str(step): metrics for step, metrics in evaluations.items()})
         self._evaluations = evaluations
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A full disk is an ``OSError``, whatever orbax and tensorstore make of it."""
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            if "RESOURCE_EXHAUSTED" in str(error) or os.strerror(errno.ENOSPC) in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder)) from error
+            raise
 
     def _prune(self) -> None:
         steps = self.steps()
