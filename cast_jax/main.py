@@ -48,7 +48,8 @@ def main(argv: list[str]) -> None:
         pipeline.run(config, workdir)
     except (UserError, DivergedError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        logger.error("error: %s%s", error, f" (for {workdir}): free some, then run the same command again to continue" if full else "")
+        hint = f" (for {workdir}): free some, then run the same command again to continue" if full else ""
+        logger.error("error: %s%s", error, hint)
         distributed.leave(1)
     except SystemExit as stopped:  # by a signal
         distributed.leave(int(stopped.code or 0))

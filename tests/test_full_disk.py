@@ -1,4 +1,4 @@
-"""A whole ``cast`` of toy models on a disk that is full again and again: told each time, and in the end nothing is lost."""
+"""A whole ``cast`` of toy models on a disk that is full again and again: it says so, and in the end nothing is lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
 
 @pytest.fixture
 def disk(tmp_path):
-    """(runs in a small file system of its own, that file system's folder as seen from here, a function to resize it)."""
+    """Runs in a small file system of their own, its folder as seen from here, and a function to resize it."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = f"mount -t tmpfs -o size=64m none '{folder}'"
