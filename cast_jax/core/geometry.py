@@ -18,17 +18,18 @@ def bilinear_sample(
 ) -> Float[Array, "points channels"]:
     """Reads a map at (y, x) positions in units of its own pixels; outside, the border value is repeated.
 
-    Equals ``torch.nn.functional.grid_sample(padding_mode="border", align_corners=False)``.
+    Equals ``torch.nn.functional.grid_sample(padding_mode="border", align_corners=False)``; booleans become float32.
     """
     height, width, _ = features.shape
     limit = jnp.array([height - 1, width - 1], positions.dtype)
     position = jnp.clip(positions - 0.5, 0.0, limit)
     low = jnp.clip(jnp.floor(position).astype(jnp.int32), 0, jnp.maximum(limit.astype(jnp.int32) - 1, 0))
     high = jnp.minimum(low + 1, limit.astype(jnp.int32))
-    fraction = (position - low).astype(features.dtype)
+    dtype = features.dtype if jnp.issubdtype(features.dtype, jnp.floating) else jnp.float32
+    fraction = (position - low).astype(dtype)
     fy, fx = fraction[:, :1], fraction[:, 1:]
     flat = features.reshape(height * width, -1)
-    read = lambda y, x: flat[y * width + x]
+    read = lambda y, x: flat[y * width + x].astype(dtype)
     top = read(low[:, 0], low[:, 1]) * (1 - fx) + read(low[:, 0], high[:, 1]) * fx
     bottom = read(high[:, 0], low[:, 1]) * (1 - fx) + read(high[:, 0], high[:, 1]) * fx
     return top * (1 - fy) + bottom * fy

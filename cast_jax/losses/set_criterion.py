@@ -17,6 +17,7 @@ from cast_jax.core.config import check_ranges
 from cast_jax.core.geometry import bilinear_sample
 from cast_jax.losses.matching import match_all
 
+Layers = tuple[tuple[Float[Array, "batch queries h w"], Float[Array, "batch queries classes+1"]], ...]
 Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 
 
@@ -68,10 +69,9 @@ class Targets:
     ignore: Bool[Array, "batch height width"]
 
 
-@jax.named_scope("criterion")
 def set_criterion(
     key: PRNGKeyArray,
-    layers: tuple[tuple[Float[Array, "batch queries h w"], Float[Array, "batch queries classes+1"]], ...],
+    layers: Layers,
     targets: Targets,
     config: CriterionConfig,
     instances: Float[Array, ""] | None = None,
@@ -83,6 +83,68 @@ def set_criterion(
       layers: (mask_logits, class_logits) of every supervised layer, the final one last.
       targets: what to match.
       config: weights and sampling.
+      instances: see :func:`set_loss`.
+
+    Returns:
+      See :func:`set_loss`.
+    """
+    keys = point_keys(key, len(targets.labels), len(layers))
+    return set_loss(set_terms(keys, layers, targets, config), targets.valid, layers[0][1].shape[1], config, instances)
+
+
+def point_keys(key: PRNGKeyArray, images: int, layers: int) -> PRNGKeyArray:
+    """``[images, layers, 2]`` keys: for the points of the matching, and of the loss."""
+    return jax.random.split(key, (images, layers, 2))
+
+
+@jax.named_scope("criterion")
+def set_terms(
+    keys: PRNGKeyArray, layers: Layers, targets: Targets, config: CriterionConfig
+) -> dict[str, tuple[Float[Array, "images layers"], Float[Array, "images layers"]]]:
+    """The terms "class", "mask" and "dice" of each image in each layer, unweighted, as (sum, count).
+
+    Layers are computed one after another by one compiled body: unrolled, they would take minutes to compile.
+
+    Args:
+      keys: see :func:`point_keys`.
+      layers, targets, config: see :func:`set_criterion`.
+    """
+    masks, classes = (jnp.stack(logits) for logits in zip(*layers, strict=True))
+    keys = jnp.moveaxis(keys, 0, -1)  # [layers, 2, images]
+    maps = _target_maps(targets, (masks.shape[-2], masks.shape[-1]))
+    in_float32 = lambda logits: logits.astype(jnp.float32)
+
+    def costs_of(layer: tuple[Array, ...]) -> Array:
+        keys, masks, classes = layer
+        of_image = jax.vmap(functools.partial(_matching_cost, config=config))
+        return of_image(keys, in_float32(masks), in_float32(classes), targets, maps)
+
+    def terms_of(layer: tuple[Array, ...]) -> Metrics:
+        keys, masks, classes, queries, matched = layer
+        of_image = jax.vmap(functools.partial(_image_terms, config=config))
+        return of_image(keys, in_float32(masks), in_float32(classes), targets, maps, queries, matched)
+
+    with jax.named_scope("matching"):
+        logits = jax.lax.stop_gradient((masks, classes))
+        queries, matched = match_all(jax.lax.map(costs_of, (keys[:, 0], *logits)), targets.valid)
+    terms = jax.lax.map(terms_of, (keys[:, 1], masks, classes, queries, matched))
+    return jax.tree.map(jnp.transpose, terms)
+
+
+def set_loss(
+    terms: dict[str, tuple[Float[Array, "images layers"], Float[Array, "images layers"]]],
+    valid: Bool[Array, "images instances"],
+    queries: int,
+    config: CriterionConfig,
+    instances: Float[Array, ""] | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss of a batch from its images' terms.
+
+    Args:
+      terms: from :func:`set_terms`.
+      valid: the targets'.
+      queries: of an image.
+      config: the weights.
       instances: where this is one of several equal parts of a batch, the instances of an average part. The mean of the
         parts' losses is then the batch's: exactly in the mask terms, and in the class term as long as no query lies on
         ignored pixels (how many do is known only of this part). Every instance must find a query.
@@ -91,38 +153,19 @@ def set_criterion(
       The weighted loss over all layers, and the unweighted terms of the final layer as (sum, count) pairs.
       Mask terms are averages over all instances of the (global) batch, so a batch without any instance gives zero.
     """
-    layers = tuple((masks.astype(jnp.float32), classes.astype(jnp.float32)) for masks, classes in layers)
-    keys = [jax.random.split(layer_key, (2, len(targets.labels))) for layer_key in jax.random.split(key, len(layers))]
-    height, width = layers[0][0].shape[-2:]
-    maps = _target_maps(targets, (height, width))
-    # Compiled functions within the compiled step: Python traces them once instead of once a layer.
-    costs_of = jax.jit(jax.vmap(functools.partial(_matching_cost, config=config)))
-    terms_of = jax.jit(jax.vmap(functools.partial(_image_terms, config=config)))
-    # Only the small cost matrices are stacked, to be matched together; stacking the maps would copy them.
-    with jax.named_scope("matching"):
-        costs = [
-            costs_of(match_keys, masks, classes, targets, maps)
-            for (masks, classes), (match_keys, _) in zip(layers, keys, strict=True)
-        ]
-        queries, matched = match_all(jnp.stack(costs), targets.valid)
-    terms = [
-        jax.tree.map(jnp.sum, terms_of(loss_keys, masks, classes, targets, maps, queries[layer], matched[layer]))
-        for layer, ((masks, classes), (_, loss_keys)) in enumerate(zip(layers, keys, strict=True))
-    ]
     weights: dict[str, Any] = {"class": config.class_weight, "mask": config.mask_weight, "dice": config.dice_weight}
     if instances is not None:
-        factors = _part_weights(jnp.sum(targets.valid), instances, layers[0][1].shape, config)
+        factors = _part_weights(jnp.sum(valid), instances, len(valid) * queries, config)
         weights = {name: weight * factors[name] for name, weight in weights.items()}
-    means = [
-        weights[name] * total / jnp.maximum(count, 1.0) for layer in terms for name, (total, count) in layer.items()
-    ]
-    return jnp.sum(jnp.stack(means)), terms[-1]
+    sums = jax.tree.map(lambda values: jnp.sum(values, axis=0), terms)
+    means = [weights[name] * jnp.sum(total / jnp.maximum(count, 1.0)) for name, (total, count) in sums.items()]
+    return jnp.sum(jnp.stack(means)), jax.tree.map(lambda values: values[-1], sums)
 
 
-def _part_weights(found, average, shape, config: CriterionConfig) -> dict[str, Array]:
+def _part_weights(found, average, queries: int, config: CriterionConfig) -> dict[str, Array]:
     """What each term's mean over a part of a batch weighs, by its instances and those of an average part."""
     of_masks = jnp.maximum(found, 1.0) / jnp.where(average > 0.0, average, 1.0)
-    class_weights = lambda matched: config.no_object_weight * (shape[0] * shape[1] - matched) + matched
+    class_weights = lambda matched: config.no_object_weight * (queries - matched) + matched
     of_classes = class_weights(found) / jnp.maximum(class_weights(average), 1e-6)
     return {"class": of_classes, "mask": of_masks, "dice": of_masks}
 
@@ -151,8 +194,8 @@ def _image_terms(key, mask_logits, class_logits, targets: Targets, maps, query, 
     else:
         points = jax.lax.stop_gradient(_uncertain_points(key, matched_logits, config))
         logits = _sample_each(matched_logits, points)
-        labels = _sample_each(targets.masks.astype(jnp.float32), points)
-        care = 1.0 - jax.vmap(lambda points: _sample(targets.ignore[None].astype(jnp.float32), points)[:, 0])(points)
+        labels = _sample_each(targets.masks, points)
+        care = 1.0 - jax.vmap(lambda points: _sample(targets.ignore[None], points)[:, 0])(points)
     weight = jnp.where(matched, targets.weights, 0.0)
     count = jnp.sum(matched).astype(jnp.float32)
     bce = jnp.sum(_binary_cross_entropy(logits, labels) * care, -1) / jnp.maximum(jnp.sum(care, -1), 1.0)
@@ -185,7 +228,6 @@ def _outside_ignore(mask_logits, soft_ignore):
 def _matching_cost(key, mask_logits, class_logits, targets: Targets, maps, config):
     """The same costs as the loss, on one set of points for all pairs: ``[queries, instances]``, no gradient."""
     soft_masks, soft_ignore = maps
-    mask_logits, class_logits = jax.lax.stop_gradient((mask_logits, class_logits))
     if config.num_points is None:
         logits = mask_logits[:, ::2, ::2].reshape(mask_logits.shape[0], -1)
         labels = soft_masks[:, ::2, ::2].reshape(soft_masks.shape[0], -1)
@@ -193,8 +235,8 @@ def _matching_cost(key, mask_logits, class_logits, targets: Targets, maps, confi
     else:
         points = jax.random.uniform(key, (config.num_points, 2))
         logits = _sample(mask_logits, points).T
-        labels = _sample(targets.masks.astype(jnp.float32), points).T
-        care = 1.0 - _sample(targets.ignore[None].astype(jnp.float32), points)[:, 0]
+        labels = _sample(targets.masks, points).T
+        care = 1.0 - _sample(targets.ignore[None], points)[:, 0]
     class_cost = -jax.nn.softmax(class_logits)[:, targets.labels]
     # softplus(x) - x y is the cross-entropy; split so that pairs are one matrix product.
     mask_cost = (jnp.sum(jax.nn.softplus(logits) * care, -1)[:, None] - (logits * care) @ labels.T) / jnp.maximum(

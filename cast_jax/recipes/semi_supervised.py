@@ -25,7 +25,7 @@ from cast_jax.core.errors import UserError
 from cast_jax.core.geometry import pixel_centres, unpack_masks
 from cast_jax.core.sharding import batch_axes, join_batches, split_batches
 from cast_jax.data.views import VIEW_NAMES
-from cast_jax.losses.set_criterion import CriterionConfig, set_criterion
+from cast_jax.losses.set_criterion import CriterionConfig, point_keys, set_loss, set_terms
 from cast_jax.models.functional import Functional, Params
 from cast_jax.models.segmenter import Prediction
 from cast_jax.recipes.base import Batch, Metrics, view_images, view_targets
@@ -149,16 +149,14 @@ class SemiSupervised:
         predictions = self._forward(params["segmenter"], batch, keys["dropout"])
         loss = jnp.zeros(())
         metrics: Metrics = {}
-        for group, weight, views, prefix in (
-            ("labelled", config.supervised_weight, config.supervised_views, "supervised"),
-            ("unlabelled", config.pseudo_label_weight, config.pseudo_label_views, "pseudo_label"),
-        ):
-            if weight and group in batch:
-                instances = frozen.get("normalisers", {}).get(group, {})
-                term, terms = self._set_loss(keys[group], predictions[group], batch[group], views, instances)
-                loss = loss + weight * term
-                metrics |= {f"loss/{prefix}": (term, jnp.ones(()))}
-                metrics |= {f"loss/{prefix}_{name}": pair for name, pair in terms.items()}
+        for group, (term, terms) in self._set_losses(keys, predictions, batch, frozen.get("normalisers", {})).items():
+            weight, prefix = {
+                "labelled": (config.supervised_weight, "supervised"),
+                "unlabelled": (config.pseudo_label_weight, "pseudo_label"),
+            }[group]
+            loss = loss + weight * term
+            metrics |= {f"loss/{prefix}": (term, jnp.ones(()))}
+            metrics |= {f"loss/{prefix}_{name}": pair for name, pair in terms.items()}
         for group in batch:
             cut = jnp.sum(batch[group]["instances_cut"]).astype(jnp.float32)
             metrics[f"data/instances_cut_{group}"] = (cut, jnp.asarray(len(batch[group]["instances_cut"]), jnp.float32))
@@ -182,18 +180,42 @@ class SemiSupervised:
             result[group][view] = part
         return result
 
-    def _set_loss(self, key, predictions, group, views, instances) -> tuple[Array, Metrics]:
-        """The set criterion, averaged over the views that are there; see there for ``instances``, by view."""
-        views = [view for view in views if view in predictions]
-        losses, totals = [], []
-        for view_key, view in zip(jax.random.split(key, len(views)), views, strict=True):
-            prediction = predictions[view]
-            layers = (*prediction.aux, (prediction.mask_logits, prediction.class_logits))
-            targets = view_targets(group[view])
-            loss, terms = set_criterion(view_key, layers, targets, self.config.criterion, instances.get(view))
-            losses.append(loss)
-            totals.append(terms)
-        return jnp.mean(jnp.stack(losses)), jax.tree.map(lambda *values: sum(values), *totals)
+    def _set_losses(self, keys, predictions, batch, normalisers) -> dict[str, tuple[Array, Metrics]]:
+        """Of each group that has targets the set loss, the mean over its views, and its terms.
+
+        All views of all images go through the criterion together; see ``set_loss`` for ``normalisers``, by group and
+        view.
+        """
+        config = self.config
+        views = {
+            "labelled": config.supervised_views if config.supervised_weight else (),
+            "unlabelled": config.pseudo_label_views if config.pseudo_label_weight else (),
+        }
+        parts = [(group, view) for group in sorted(batch) for view in VIEW_NAMES if view in batch[group]]
+        parts = [(group, view) for group, view in parts if view in views[group]]
+        if not parts:
+            return {}
+        found = [predictions[group][view] for group, view in parts]
+        layers = [(*prediction.aux, (prediction.mask_logits, prediction.class_logits)) for prediction in found]
+        targets = [view_targets(batch[group][view]) for group, view in parts]
+        drawn = {group: jax.random.split(keys[group], len(VIEW_NAMES)) for group in batch}
+        points = [
+            point_keys(drawn[group][VIEW_NAMES.index(view)], len(target.labels), len(layers[0]))
+            for (group, view), target in zip(parts, targets, strict=True)
+        ]
+        joined = set_terms(join_batches(points), join_batches(layers), join_batches(targets), config.criterion)
+        terms = split_batches(joined, [len(target.labels) for target in targets])
+        losses: dict[str, list[tuple[Array, Metrics]]] = {}
+        for (group, view), term, target in zip(parts, terms, targets, strict=True):
+            instances, queries = normalisers.get(group, {}).get(view), layers[0][0][1].shape[1]
+            losses.setdefault(group, []).append(set_loss(term, target.valid, queries, config.criterion, instances))
+        return {
+            group: (
+                jnp.mean(jnp.stack([loss for loss, _ in of_views])),
+                jax.tree.map(lambda *values: sum(values), *[terms for _, terms in of_views]),
+            )
+            for group, of_views in losses.items()
+        }
 
     @jax.named_scope("contrastive")
     def _contrastive_loss(self, key, params, predictions, batch, bank: Bank | None) -> tuple[Any, ...]:
