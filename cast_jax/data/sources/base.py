@@ -88,7 +88,7 @@ def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "height width 
             if image.mode.startswith("I"):
                 grey = (np.clip(np.asarray(image, dtype=np.int64), 0, 65535) >> 8).astype(np.uint8)
                 return np.repeat(grey[..., None], 3, axis=-1)
-            return np.array(image.convert("RGB"))
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such image file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
