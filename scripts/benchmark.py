@@ -335,10 +335,12 @@ def loader(repeats: int) -> list[dict[str, Any]]:
     ahead, batches = 6, 10
     with tempfile.TemporaryDirectory() as folder:
         source = _street_scenes(Path(folder), 8)
-        streams: dict[str, Iterator[Any]] = {
+        theirs = torch_loader.batches(source, LOADER.view, LOADER.batch_labelled, workers=2)
+        next(theirs)  # its processes are there before our threads
+        streams: dict[str, Any] = {
             "cast_jax": make_loader(source, None, LOADER),
             "cast_jax, cache": make_loader(Cached(source, Path(folder) / "cache", LOADER.view), None, LOADER),
-            "torch": torch_loader.batches(source, LOADER.view, LOADER.batch_labelled, workers=2),
+            "torch": theirs,
         }
         sizes = {name: batch_bytes(next(stream)) for name, stream in streams.items() if name != "torch"}
         sizes["torch"] = statistics.mean(torch_loader.batch_bytes(next(streams["torch"])) for _ in range(ahead))
@@ -349,8 +351,10 @@ def loader(repeats: int) -> list[dict[str, Any]]:
                 start = time.perf_counter()
                 _take(stream, batches)
                 times[name].append(time.perf_counter() - start)
-        del streams
-    ratios = {name: [theirs / own for own, theirs in zip(times[name], times["torch"], strict=True)] for name in times}
+        for name in ("cast_jax", "cast_jax, cache"):
+            streams[name].close()
+        del streams, stream, theirs  # ends its processes
+    ratios = {name: [torch / own for own, torch in zip(times[name], times["torch"], strict=True)] for name in times}
     return [
         {
             "loader": name,

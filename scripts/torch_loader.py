@@ -70,7 +70,7 @@ def batches(source: Cityscapes, config: ViewConfig, batch: int, workers: int) ->
         num_workers=workers,
         prefetch_factor=2,
         collate_fn=_collate,
-        multiprocessing_context="spawn",  # a process with JAX's threads must not be forked
+        multiprocessing_context="fork",  # before anything of JAX runs in this process
     )
     return iter(loader)
 
