@@ -10,6 +10,7 @@ python scripts/benchmark.py loader_memory    the data pipeline's memory from 100
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import gc
 import json
@@ -33,6 +34,7 @@ from cast_jax.convert.dinov2 import reference as reference_dinov2
 from cast_jax.convert.dpt import reference as reference_dpt
 from cast_jax.data.pipeline import LoaderConfig, batch_bytes, make_loader
 from cast_jax.data.scenes import write_scenes
+from cast_jax.data.sources.base import Source
 from cast_jax.data.sources.cached import Cached
 from cast_jax.data.sources.cityscapes import Cityscapes, label_path
 from cast_jax.data.views import ViewConfig
@@ -334,7 +336,7 @@ def loader(repeats: int) -> list[dict[str, Any]]:
         )
     ahead, batches = 6, 10
     with tempfile.TemporaryDirectory() as folder:
-        source = _street_scenes(Path(folder), 8)
+        source = _street_scenes(Path(folder), 8, (1024, 2048))
         theirs = torch_loader.batches(source, LOADER.view, LOADER.batch_labelled, workers=2)
         next(theirs)  # its processes are there before our threads
         streams: dict[str, Any] = {
@@ -371,17 +373,17 @@ def loader(repeats: int) -> list[dict[str, Any]]:
 def loader_memory(repeats: int) -> list[dict[str, Any]]:
     """What this process holds while it streams 10,000 different records: the median over 20 batches (Linux only).
 
-    The records are links to a few scenes. ``repeats`` plays no part.
+    The records are links to a few scenes, small ones and those of :func:`loader`. ``repeats`` plays no part.
     """
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        scenes = _street_scenes(Path(folder), 8, records=10_000)
-        for name, source in (
-            ("cast_jax", scenes),
-            ("cast_jax, cache", Cached(scenes, Path(folder) / "cache", LOADER.view)),
-        ):
-            stream = make_loader(source, None, LOADER)
-            row: dict[str, Any] = {"loader": name}
+    for height, cached in ((128, False), (128, True), (1024, False), (1024, True)):
+        with tempfile.TemporaryDirectory() as folder:
+            source: Source = _street_scenes(Path(folder), 8, (height, 2 * height), records=10_000)
+            view = dataclasses.replace(LOADER.view, image_size=(height // 2, height))
+            if cached:
+                source = Cached(source, Path(folder) / "cache", view)
+            stream = make_loader(source, None, dataclasses.replace(LOADER, view=view))
+            row: dict[str, Any] = {"images": f"{height} x {2 * height}", "cache": "yes" if cached else "no"}
             taken = 0
             for images in (100, 1_000, 10_000):
                 _take(stream, images // LOADER.batch_labelled - taken - 20)
@@ -397,9 +399,9 @@ def loader_memory(repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _street_scenes(root: Path, count: int, records: int = 0) -> Cityscapes:
-    """Generated scenes of Cityscapes' size; ``records`` images of a city of links to them instead, if given."""
-    write_scenes(root, split_sizes={"train": count}, image_size=(1024, 2048), look="target")
+def _street_scenes(root: Path, count: int, size: tuple[int, int], records: int = 0) -> Cityscapes:
+    """Generated scenes of a (height, width); ``records`` images of a city of links to them instead, if given."""
+    write_scenes(root, split_sizes={"train": count}, image_size=size, look="target")
     scenes = Cityscapes(root, "train")
     for number in range(records):
         record = scenes.record(number % count)
