@@ -238,10 +238,10 @@ class Pipeline:
             params["segmenter"] = start.merged_into(params["segmenter"], load_weights(start.path)[0])
         return params
 
-    def _cached(self, source: Source, view: ViewConfig) -> Source:
+    def _cached(self, source: Source | None, view: ViewConfig) -> Source | None:
         """The source, by the folder of decoded images if there is to be one."""
         folder = self.config.data.cache
-        return Cached(source, folder, view) if folder else source
+        return Cached(source, folder, view) if folder and source is not None else source
 
     def _unlabelled(self, name: str) -> Source:
         which = self.config.steps[name].pseudo_labels

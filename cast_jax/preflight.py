@@ -73,7 +73,7 @@ def require_same(config: Mapping[str, Any], workdir: Path) -> None:
 
 def _settled(config: Mapping[str, Any], begun: set[str]) -> dict[str, Any]:
     """What results depend on: not the step that is asked for, the machine, and what is only looked at."""
-    free = ("step", "file", "runtime", "mesh", "distributed", "evaluate", "profile")
+    free: tuple[str, ...] = ("step", "file", "runtime", "mesh", "distributed", "evaluate", "profile")
     free += () if "audit" in begun else ("audit",)
     begun = begun | ({"finetune"} if "audit" in begun else set())
     steps = {name: step for name, step in config["steps"].items() if name in begun}
