@@ -54,7 +54,7 @@ class Views(torch.utils.data.Dataset):
             image = tv_tensors.Image(v2.functional.pil_to_tensor(file.convert("RGB")))
         with Image.open(self.source.label_path(index)) as file:
             ids = torch.from_numpy(np.array(file, dtype=np.int32))
-        present = torch.unique(ids)
+        present = torch.bincount(ids.flatten()).nonzero().flatten()
         masks = tv_tensors.Mask((ids == present[present >= 1000][:, None, None]).to(torch.uint8))
         weak = self.weak({"image": image, "masks": masks})
         strong = self.crop(weak)
@@ -70,9 +70,16 @@ def batches(source: Cityscapes, config: ViewConfig, batch: int, workers: int) ->
         num_workers=workers,
         prefetch_factor=2,
         collate_fn=_collate,
-        worker_init_fn=lambda _: torch.set_num_threads(1),
+        multiprocessing_context="fork",  # before anything of JAX runs in this process
     )
     return iter(loader)
+
+
+def batch_bytes(batch: dict[str, Any]) -> float:
+    """Bytes of one image's views on average."""
+    images = len(batch["weak"]["image"])
+    parts = [part for view in batch.values() for part in (view["image"], *view["masks"])]
+    return sum(part.nbytes for part in parts) / images
 
 
 def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import types
 from importlib import util
@@ -86,6 +87,29 @@ def test_cityscapes_by_share(cityscapes, tmp_path):
     # The same images without a file: the seed is all it takes.
     drawn = open_datasets({**settings(kind="cityscapes", root=str(cityscapes), labelled=2), "split_seed": 1}, tmp_path)
     assert [drawn.labelled.record(i).image_id for i in range(2)] == list(split.labelled)
+
+
+def test_cityscapes_has_the_literature_s_numbers(tmp_path):
+    """2,975 images, whose files nobody opens; lists name them with or without their city's folder."""
+    names = [f"city{i % 18}/city{i % 18}_{i:06d}_000019" for i in range(2_975)]
+    for name in names:
+        path = tmp_path / "leftImg8bit" / "train" / f"{name}_leftImg8bit.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    listed = tmp_path / "literature.txt"
+    listed.write_text("".join(f"{name}_gtFine_instanceIds.png\n" for name in names[::10]))
+    for options in ((), ("--lists", listed)):
+        done = call("cityscapes", tmp_path, "--output", tmp_path / "splits", *options)
+        assert done.returncode == 0, done.stderr
+    paths = [tmp_path / "splits" / f"cityscapes_{p}_percent_seed0.json" for p in (5, 10, 20, 30)]
+    splits = [read_split(path) for path in (*paths, tmp_path / "splits" / "cityscapes_literature.json")]
+    found = [(len(split.labelled), len(split.unlabelled)) for split in splits]
+    assert found == [(149, 2_826), (298, 2_677), (595, 2_380), (893, 2_082), (298, 2_677)]
+    for split in splits:
+        assert len({*split.labelled, *split.unlabelled}) == 2_975
+    for small, large in itertools.pairwise(splits[:4]):
+        assert set(small.labelled) < set(large.labelled)
+    assert splits[4].labelled[1] == "city10_000010_000019"
 
 
 def test_a_list_of_the_literature_becomes_a_split(cityscapes, tmp_path):

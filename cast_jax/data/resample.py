@@ -15,9 +15,6 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-# Bilinear reading skips pixels from about this shrinking factor on; beyond it the pixels are averaged first.
-_SHRINK_BEFORE_WARPING = 1.5
-
 
 class Region(NamedTuple):
     """A mask's bounding box cut out of it: most masks are far smaller than their image."""
@@ -72,7 +69,8 @@ def warp(
 ) -> UInt8[np.ndarray, "window_height window_width *channels"]:
     """Resamples an array so that its position p appears at ``matrix @ p``.
 
-    Bilinear; an axis that shrinks by more than 1.5 is first averaged down over areas, so that nothing aliases.
+    Bilinear, which reads every pixel of an axis that shrinks by less than two; one that shrinks more is first halved as
+    often as it can be, by averages of neighbours: OpenCV does that in a tenth of the time of other factors.
 
     Args:
       window: the part of the canvas to make.
@@ -106,7 +104,8 @@ def warp(
 
 
 def _shrunk(side: int, scale: float) -> int:
-    return max(1, round(side * scale)) if scale * _SHRINK_BEFORE_WARPING < 1 else side
+    """The length of a side halved until ``scale`` is more than a half of what remains to be done."""
+    return max(1, round(side * 2.0 ** math.ceil(math.log2(scale)))) if scale <= 0.5 else side
 
 
 def warp_image(

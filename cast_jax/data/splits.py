@@ -118,8 +118,8 @@ def split_indices(total: int, labelled: int, seed: int) -> tuple[list[int], list
 def some_of_each_class(classes: Sequence[Sequence[int]], per_class: int, seed: int) -> list[int]:
     """Sorted indices of ``per_class`` images for every class that occurs, each image standing for one class.
 
-    In rounds: the rarest class takes its next image first. More rounds keep the images of fewer, so the choices of one
-    seed are nested. A class whose images are all taken goes without.
+    The rarest class takes its images first, so that a commoner one never takes its last. A class whose images are all
+    taken goes without. For one seed, the choice of fewer images a class is part of that of more.
 
     Args:
       classes: the classes in each image.
@@ -130,12 +130,9 @@ def some_of_each_class(classes: Sequence[Sequence[int]], per_class: int, seed: i
         for label in set(classes[image]):
             images_of.setdefault(label, []).append(image)
     rarest_first = sorted(images_of, key=lambda label: (len(images_of[label]), label))
-    queues = [iter(images_of[label]) for label in rarest_first]
-    taken: dict[int, None] = {}
-    for _ in range(per_class):
-        for queue in queues:
-            if (image := next((image for image in queue if image not in taken), None)) is not None:
-                taken[image] = None
+    taken: set[int] = set()
+    for label in rarest_first:
+        taken.update([image for image in images_of[label] if image not in taken][:per_class])
     return sorted(taken)
 
 

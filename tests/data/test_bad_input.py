@@ -16,7 +16,7 @@ from cast_jax.core.annotations import Instances
 from cast_jax.core.errors import DataError
 from cast_jax.data.checks import check_source
 from cast_jax.data.inspection import inspect
-from cast_jax.data.sources.base import image_size, leaves_folder, orientation, read_image
+from cast_jax.data.sources.base import image_size, leaves_folder, orientation, read_image, read_label_map
 from cast_jax.data.sources.coco import Coco
 from cast_jax.data.sources.folder import ImageFolder
 from cast_jax.data.views import ViewConfig, make_views
@@ -91,6 +91,38 @@ def test_unusable_images_are_found_before_a_run(name, tmp_path):
     report = check_source("unlabelled", source, None, "skip")
     assert [report.source.record(i).file_name for i in range(len(report.source))] == ["sound.png"]
     assert [problem in fault for fault in report.unreadable] == [True]
+    inspected = inspect({"unlabelled": source}, 10)  # finds what a run would
+    assert inspected["sets"]["unlabelled"]["unreadable"] == 1
+    (error,) = inspected["errors"]
+    assert re.search(f"{name}.*{problem}", error)
+
+
+def damaged(path: Path, rng: np.random.Generator) -> None:
+    """Changes some bytes, most of them in the header, and sometimes cuts the end off."""
+    content = bytearray(path.read_bytes())
+    for _ in range(rng.integers(1, 6)):
+        content[rng.integers(min(len(content), 120) if rng.random() < 0.7 else len(content))] = rng.integers(256)
+    path.write_bytes(content[: rng.integers(len(content))] if rng.random() < 0.3 else content)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.bmp", "a.webp"])
+@pytest.mark.filterwarnings("ignore")
+def test_damage_anywhere_in_a_file_is_a_data_error_or_nothing(name, tmp_path):
+    whole = tmp_path / f"whole_{name}"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(NOISE[:12, :17]).save(whole, exif=exif)
+    rng, refused = np.random.default_rng(0), []
+    for _ in range(100):
+        (tmp_path / name).write_bytes(whole.read_bytes())
+        damaged(tmp_path / name, rng)
+        for read in (read_image, image_size, orientation, read_label_map):
+            try:
+                read(tmp_path / name)
+            except DataError as error:
+                refused.append(str(error))
+    assert len(refused) > 20
+    assert all(name in text for text in refused)
 
 
 def test_links_that_leave_their_folder_are_named(tmp_path):

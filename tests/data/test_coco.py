@@ -214,6 +214,7 @@ def test_missing_and_mistyped_keys_are_named(tmp_path, group, key):
         (lambda c: c["categories"][1].update(name="tooth brush"), r"categories\[\]\.name is not unique"),
         (lambda c: c["annotations"][0].update(category_id=5), "annotation 1 has category_id 5"),
         (lambda c: c["annotations"][0].update(image_id=5), "annotation 1 has image_id 5"),
+        (lambda c: c["annotations"][0].update(iscrowd="0"), "annotation 1 has iscrowd '0'; it must be 0 or 1"),
         (lambda c: c["images"][0].update(file_name="/etc/a.png"), "inside the folder"),
         (lambda c: c["images"][0].update(file_name="../train/a.png"), "inside the folder"),
         (lambda c: c.update(images=[], annotations=[]), "images is empty"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cast_jax.core.errors import DataError
@@ -60,6 +61,7 @@ _CLASSES = [
 
 
 @given(seed=st.integers(0, 2**32 - 1))
+@example(seed=1_641_516_704)
 def test_each_class_gets_its_images_and_more_of_them_keep_these(seed):
     one, two, three = (some_of_each_class(_CLASSES, count, seed) for count in (1, 2, 3))
     assert set(one) < set(two) < set(three)
@@ -81,6 +83,24 @@ def test_a_stratified_subset_keeps_the_shares(seed, size):
             found = sum(label in _CLASSES[i] for i in subset)
             forced = sum(label in _CLASSES[i] for i in given_images)  # which may be more than the share by themselves
             assert abs(found - whole * size / 40) <= 2 + forced, (label, found)
+
+
+def test_ade20k_s_sizes():
+    """20,210 images with a long tail of classes: ten of each of the 100 labelled, 2,537 of the rest unlabelled."""
+    rng = np.random.default_rng(0)
+    frequency = 0.5 / np.arange(1, 101)  # the rarest class is in about a hundred images
+    classes = [np.flatnonzero(present).tolist() for present in rng.random((20_210, 100)) < frequency]
+    labelled = some_of_each_class(classes, 10, 0)
+    subset = stratified(classes, 3_537, 0, labelled)
+    assert (len(set(labelled)), len(set(subset) - set(labelled))) == (1_000, 2_537)
+    assert set(labelled) <= set(subset)
+    counts = lambda images: np.bincount([label for i in images for label in classes[i]], minlength=100)
+    assert counts(labelled).min() >= 10
+    # The subset keeps the shares, but for classes of which ten labelled images are more than that already.
+    expected = counts(range(20_210)) * 3_537 / 20_210
+    common = expected > 50
+    np.testing.assert_allclose(counts(subset)[common], expected[common], rtol=0.1)
+    assert set(some_of_each_class(classes, 5, 0)) < set(labelled)
 
 
 @pytest.mark.parametrize("size", [1, 41])

@@ -202,6 +202,17 @@ def test_halving_averages_four_pixels():
     np.testing.assert_allclose(group["weak"]["image"], mean, atol=0.5)
 
 
+@pytest.mark.parametrize("size", [(20, 30), (13, 19), (6, 9), (1, 1)])
+def test_what_is_finer_than_the_view_is_averaged(size):
+    """A grid of single pixels has no stripes in a view of half its size and below."""
+    image = np.repeat((np.indices((40, 60)).sum(axis=0) % 2 * 255).astype(np.uint8)[..., None], 3, axis=-1)
+    config = ViewConfig(image_size=size, max_instances=1, **PLAIN)
+    weak = make_views(image, Instances.empty(40, 60), np.random.default_rng(0), config, ("weak",))["weak"]
+    inside = tuple(slice(int(low), int(high)) for low, high in weak["valid_box"].reshape(2, 2).T)
+    assert np.ptp(weak["image"][inside]) <= 1
+    assert abs(weak["image"][inside].mean() - 127.5) <= 1
+
+
 def test_same_numbers_same_views():
     image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
     instances = scene(50, 70, [disc(50, 70, (25, 35), 12.0)])

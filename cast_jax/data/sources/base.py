@@ -78,17 +78,18 @@ def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "height width 
     and an EXIF orientation is *not* applied, since COCO annotations are made on the stored pixels.
 
     Raises:
-      DataError: the file is missing, truncated, not an image, or has floating-point pixels; names the file.
+      DataError: the file is missing, truncated, not an image, too long, or has floating-point pixels; names the file.
     """
     try:
         with Image.open(path) as image:
+            _check_sides(image)
             image.load()
             if image.mode == "F":
                 raise ValueError("floating-point pixels have no known range; save it with 8 bits")
             if image.mode.startswith("I"):
                 grey = (np.clip(np.asarray(image, dtype=np.int64), 0, 65535) >> 8).astype(np.uint8)
                 return np.repeat(grey[..., None], 3, axis=-1)
-            return np.array(image.convert("RGB"))
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such image file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -99,8 +100,7 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """The (height, width) in an image file's header. Raises :class:`DataError` as :func:`read_image` does."""
     try:
         with Image.open(path) as image:
-            if max(image.size) > MAX_SIDE:
-                raise ValueError(f"a side of {max(image.size)} pixels; {MAX_SIDE} is the most, cut it into tiles")
+            _check_sides(image)
             return image.height, image.width
     except FileNotFoundError:
         raise DataError(f"{path}: no such image file") from None
@@ -170,6 +170,11 @@ def name_some(names: Iterable[object], limit: int = 10) -> str:
     texts = [str(name) for name in names]
     more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
     return ", ".join(texts[:limit]) + more
+
+
+def _check_sides(image: Image.Image) -> None:
+    if max(image.size) > MAX_SIDE:
+        raise ValueError(f"a side of {max(image.size)} pixels; {MAX_SIDE} is the most, cut it into tiles")
 
 
 def _unreadable(path: str | os.PathLike[str], error: BaseException) -> DataError:

@@ -17,19 +17,23 @@ from cast_jax.data.sources.base import ImageRecord, Source
 from cast_jax.data.views import ViewConfig, needed_size
 
 _LOG = logging.getLogger(__name__)
+_VERSION = 1
+"""Of what lies in a file. Raise it when the same image no longer gives the same pixels."""
 
 
 class Cached:
     """``source`` with images and masks at the size that is needed, the images from ``folder`` once they are there.
 
     A cached image is known by its file's path, length and time of change and by its size, so a folder can serve several
-    runs, and a replaced image is read anew. Masks are made from the annotation every time.
+    runs, threads and processes, and a replaced image is read anew. Masks are made from the annotation every time. Views
+    show the same as without the cache, but for resampling twice; strong views of images that had to be shrunk are a
+    little softer, since they enlarge parts of the weak one.
 
     Args:
       source: the images.
-      folder: receives a file of height * width * 3 bytes an image. If it cannot be written to, images are read as
-        without it, and a warning says so.
-      view: the views that are made of them: larger than the largest weak view, an image is of no use.
+      folder: receives a file of height * width * 3 bytes an image. If it cannot be written to, or is full, images are
+        read as without it, and a warning says so.
+      view: the views that are made of them: images are kept as large as the largest weak view.
     """
 
     def __init__(self, source: Source, folder: str | os.PathLike[str], view: ViewConfig):
@@ -83,7 +87,7 @@ class Cached:
 
     def _path(self, image: Path) -> Path:
         view = self.view
-        size = (view.image_size, view.fit, view.scale[1], view.rotate90)
+        size = (_VERSION, *view.image_size, view.fit, float(view.scale[1]), view.rotate90)
         try:
             status = image.stat()
             known = (os.path.realpath(image), status.st_size, status.st_mtime_ns, size)

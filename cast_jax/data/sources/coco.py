@@ -130,6 +130,8 @@ class Coco:
             raise DataError(f"{where}: annotation {name} has image_id {image_id!r}, which is not in images")
         if category_id not in positions:
             raise DataError(f"{where}: annotation {name} has category_id {category_id}, which is not in categories")
+        if (crowd := entry.get("iscrowd", 0)) not in (0, 1):
+            raise DataError(f"{where}: annotation {name} has iscrowd {crowd!r}; it must be 0 or 1")
         index = image_of[image_id]
         try:
             shape = _checked(entry.get("segmentation"), *map(int, self._sizes[index]))
