@@ -18,8 +18,8 @@ STEPS = {
 
 
 def get_config(argument: str = "cast"):
-    """``step[,seed=0][,smoke]``."""
-    arguments = common.parse_arguments(argument)
+    """``step[,seed=0][,smoke][,teacher=grounded_sam2_tiny]``."""
+    arguments = common.parse_arguments(argument, teacher="")
     config = common.base(arguments, "configs/demo.py")
     config.pipeline = ("pretrain", *config.pipeline)
     config.data.kind = "scenes"
@@ -27,12 +27,13 @@ def get_config(argument: str = "cast"):
     config.steps = {"pretrain": common.teacher_step(steps=1, source="pretrain"), **config.steps}
     for name in ("finetune", "adapt"):
         config.steps[name].start = "pretrain"
-    for name in ("distill", "student_supervised"):
+    for name in ("distill", "student_supervised") if not arguments.teacher else ():
         # As the paper's student starts from DINOv2: what was pretrained, with a fresh mask decoder.
         config.steps[name].update({"start": "pretrain", "start_parts": ("encoder", "decoder")})
     if arguments.smoke:
         common.smoke(config)
         config.data.labelled = 4
+        common.teacher(config, arguments, default="")
         return config
     common.tiny_models(config, (64, 128))
     for role in config.model:
@@ -53,4 +54,5 @@ def get_config(argument: str = "cast"):
     # The labels alone, once more: at a high rate the student would forget what the pseudo-labels taught it.
     config.steps.refine.optimizer.learning_rate = 2e-4
     config.pseudo_labels.threshold = 0.5
+    common.teacher(config, arguments, default="")
     return config

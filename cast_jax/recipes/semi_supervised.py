@@ -25,10 +25,12 @@ from cast_jax.core.errors import UserError
 from cast_jax.core.geometry import pixel_centres, unpack_masks
 from cast_jax.core.sharding import batch_axes, join_batches, split_batches
 from cast_jax.data.views import VIEW_NAMES
-from cast_jax.losses.set_criterion import CriterionConfig, set_criterion
+from cast_jax.losses.detection import DetectionConfig
+from cast_jax.losses.set_criterion import CriterionConfig
 from cast_jax.models.functional import Functional, Params
 from cast_jax.models.segmenter import Prediction
-from cast_jax.recipes.base import Batch, Metrics, view_images, view_targets
+from cast_jax.recipes.base import Batch, Metrics, view_boxes, view_images, view_targets
+from cast_jax.recipes.criteria import Criteria, view_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class ObjectiveConfig:
       contrastive_weight: lambda_pxl.
       supervised_views, pseudo_label_views: the views whose predictions meet (pseudo-)labels **(chosen)**.
       contrastive_stride: side of the square of feature pixels that one contrastive pixel averages; 1 is the paper's.
-      criterion, contrastive: the terms themselves.
+      criterion, detection, contrastive: the terms themselves; ``detection`` is that of a model with a detector.
     """
 
     supervised_weight: float = 1.0
@@ -51,6 +53,7 @@ class ObjectiveConfig:
     pseudo_label_views: tuple[str, ...] = ("weak", "strong")
     contrastive_stride: int = 1
     criterion: CriterionConfig = dataclasses.field(default_factory=CriterionConfig)
+    detection: DetectionConfig = dataclasses.field(default_factory=DetectionConfig)
     contrastive: ContrastiveConfig = dataclasses.field(default_factory=ContrastiveConfig)
 
     def __post_init__(self) -> None:
@@ -175,7 +178,10 @@ class SemiSupervised:
     def _forward(self, params: Params, batch: Batch, key: PRNGKeyArray) -> dict[str, dict[str, Prediction]]:
         names = [(group, view) for group in sorted(batch) for view in VIEW_NAMES if view in batch[group]]
         images = [view_images(batch[group][view]) for group, view in names]
-        prediction = self.segmenter.apply(params, join_batches(images), key=key)
+        prompts = {}
+        if self.segmenter.takes("boxes"):  # of the (pseudo-)labels
+            prompts["boxes"] = join_batches([view_boxes(batch[group][view]) for group, view in names])
+        prediction = self.segmenter.apply(params, join_batches(images), **prompts, key=key)
         result: dict[str, dict[str, Prediction]] = {group: {} for group in batch}
         parts = split_batches(prediction, [len(image) for image in images])
         for (group, view), part in zip(names, parts, strict=True):
@@ -183,14 +189,13 @@ class SemiSupervised:
         return result
 
     def _set_loss(self, key, predictions, group, views, instances) -> tuple[Array, Metrics]:
-        """The set criterion, averaged over the views that are there; see there for ``instances``, by view."""
+        """The segmenter's criterion, averaged over the views that are there; see there for ``instances``, by view."""
+        criteria = Criteria(self.config.criterion, self.config.detection)
         views = [view for view in views if view in predictions]
         losses, totals = [], []
         for view_key, view in zip(jax.random.split(key, len(views)), views, strict=True):
-            prediction = predictions[view]
-            layers = (*prediction.aux, (prediction.mask_logits, prediction.class_logits))
             targets = view_targets(group[view])
-            loss, terms = set_criterion(view_key, layers, targets, self.config.criterion, instances.get(view))
+            loss, terms = view_loss(predictions[view], view_key, targets, criteria, instances.get(view))
             losses.append(loss)
             totals.append(terms)
         return jnp.mean(jnp.stack(losses)), jax.tree.map(lambda *values: sum(values), *totals)

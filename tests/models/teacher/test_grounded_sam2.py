@@ -117,7 +117,7 @@ def test_class_logits_are_the_probabilities():
 
 def test_corners_are_cut_at_the_border():
     boxes = jnp.array([[0.5, 0.5, 0.2, 0.4], [0.0, 1.0, 0.5, 0.5]])
-    np.testing.assert_allclose(corners_of(boxes, (100, 200)), [[80, 30, 120, 70], [0, 75, 50, 100]], atol=1e-4)
+    np.testing.assert_allclose(corners_of(boxes), [[0.4, 0.3, 0.6, 0.7], [0, 0.75, 0.25, 1]], atol=1e-6)
 
 
 def test_images_of_any_size_are_resized(folder, fused):
