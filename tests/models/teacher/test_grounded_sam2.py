@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from teacher_tiny import spec
+from teacher_tiny import SEGMENTER, spec
 from tiny import drawn
 
 from cast_jax.core.errors import UserError
@@ -18,7 +18,7 @@ from cast_jax.models.functional import Functional, count_parameters
 from cast_jax.models.registry import build_segmenter, segmenter_config
 from cast_jax.models.resize import resize
 from cast_jax.models.segmenter import Prediction, score_instances
-from cast_jax.models.teacher.grounded_sam2 import GroundedSam2, class_logits, corners_of
+from cast_jax.models.teacher.grounded_sam2 import GroundedSam2, class_logits, corners_of, jittered
 from cast_jax.models.teacher.grounding_dino import GroundingDino
 from cast_jax.models.teacher.sam2 import Sam2
 from cast_jax.models.teacher.text import load_tokenizer, make_prompts
@@ -156,3 +156,44 @@ def test_the_papers_teacher_at_full_size(folder):
     assert count_parameters(model.abstract()) == 343_055_703 - 2 * 1536 + 216_924_865 + 256
     prediction = jax.eval_shape(model.apply, model.abstract(), jax.ShapeDtypeStruct((1, 1024, 2048, 3), jnp.float32))
     assert prediction.mask_logits.shape == (1, 100, 256, 256)
+
+
+def test_boxes_prompt_for_masks_of_their_own(fused):
+    """The same boxes make the same masks as detected ones; in training they are jittered, by key."""
+    model, params, prediction = fused
+    boxes = np.array([[[0.1, 0.2, 0.6, 0.9], [0.3, 0.0, 1.0, 0.5]]] * 2, np.float32)
+
+    @jax.jit
+    def run(params, boxes, key):
+        plain = model.apply(params, IMAGES, boxes=boxes)
+        return plain.mask_logits, plain.prompted, model.apply(params, IMAGES, boxes=boxes, key=key).prompted
+
+    masks, (logits, iou), (moved, _) = run(params, boxes, jax.random.key(0))
+    assert prediction.prompted is None
+    np.testing.assert_allclose(masks, prediction.mask_logits, atol=2e-4)
+    assert logits.shape == (2, 2, 16, 24)
+    assert np.all((iou > 0) & (iou < 1))
+    assert np.abs(logits - moved).max() > 1e-3
+    segmenter = Functional(lambda rngs: Sam2(SEGMENTER, rngs=rngs))
+    images = (IMAGES - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
+    alone = jax.jit(segmenter.apply)(params["segmenter"], images, boxes=boxes * np.array([96, 64, 96, 64], np.float32))
+    np.testing.assert_allclose(logits, alone.logits[:, :, 0], atol=2e-4)
+
+
+def test_jitter_keeps_boxes_boxes():
+    corners = jnp.array([[0.0, 0.2, 0.5, 0.6], [0.9, 0.9, 1.0, 1.0], [0, 0, 0, 0]])
+    moved = jax.vmap(lambda key: jittered(key, corners, 0.1))(jax.random.split(jax.random.key(0), 500))
+    assert np.all((moved >= 0) & (moved <= 1))
+    assert np.all(moved[..., 2:] >= moved[..., :2])
+    np.testing.assert_allclose(moved[:, 0, 1:].std(0), [0.04, 0.05, 0.04], rtol=0.15)
+    assert not np.asarray(moved[:, 2]).any()
+    np.testing.assert_array_equal(jittered(jax.random.key(0), corners, 0.0), corners)
+
+
+def test_the_tiny_teacher_needs_nothing():
+    """No file, no weights; only as many words as its table has."""
+    model = build_segmenter({"name": "grounded_sam2_tiny"}, CLASSES, SIZE)
+    assert count_parameters(model.abstract()) < 5e6
+    assert model.takes("boxes")
+    with pytest.raises(UserError, match=r"tokenizer 'words' has \d+ words, more than the model's table, 1032"):
+        build_segmenter({"name": "grounded_sam2_tiny", "detector": {"bert": {"vocab_size": 1032}}}, CLASSES, SIZE)
