@@ -242,9 +242,7 @@ def build_segmenter(
     if key not in _TEACHERS:
         prompts = make_prompts(classes, load_tokenizer(config.tokenizer), synonyms=config.synonyms)
         if (rows := int(np.max(prompts.tokens.ids)) + 1) > (known := config.detector.bert.vocab_size):
-            raise UserError(
-                f"tokenizer {config.tokenizer!r} has more words than the model's table: {rows}, not {known}"
-            )
+            raise UserError(f"tokenizer {config.tokenizer!r} has {rows} words, more than the model's table, {known}")
         _TEACHERS[key] = Functional(lambda rngs: GroundedSam2(config, prompts, dtype=jnp.dtype(dtype), rngs=rngs))
     return _TEACHERS[key]
 
