@@ -206,7 +206,7 @@ def teacher(config: ConfigDict, arguments: FrozenConfigDict, default: str = "stu
         if step.model == "teacher":
             step.optimizer.learning_rate_rules = rules[-1:] if tiny else rules  # (chosen)
     if not tiny:
-        config.init.teacher = {"detector": "", "segmenter": ""}
+        config.init = {"teacher": {"detector": "", "segmenter": ""}, "student": ""}
         config.model.teacher.tokenizer = "bert-base-uncased"  # a folder with its vocab.txt, or its name on the hub
 
 

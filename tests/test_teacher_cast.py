@@ -36,7 +36,7 @@ def test_every_configuration_takes_it(file):
         assert config.steps.adapt.optimizer.learning_rate_rules == ((".*", 1.0),)
     large = file.get_config("cast,teacher=grounded_sam2_l")
     assert large.model.teacher.tokenizer == "bert-base-uncased"
-    assert large.init.teacher == {"detector": "", "segmenter": ""}
+    assert large.init.teacher.to_dict() == {"detector": "", "segmenter": ""}
     assert len(large.steps.adapt.optimizer.learning_rate_rules) == 3
     with pytest.raises(ValueError, match="leave teacher=grounded_sam2_l out, or use grounded_sam2_tiny"):
         file.get_config("cast,smoke,teacher=grounded_sam2_l")
