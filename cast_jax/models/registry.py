@@ -155,7 +155,7 @@ def grounded_sam2_tiny() -> GroundedSam2Config:
     )
     # The single mask always: the others, which published weights fall back on, are not trained.
     decoder = Sam2MaskDecoderConfig(num_heads=2, ffn_dim=64, iou_hidden_dim=32, stability_threshold=0.0)
-    segmenter = Sam2Config(trunk, features=32, mask_hidden=8, mask_decoder=decoder, prompts_per_block=0)
+    segmenter = Sam2Config(trunk, features=64, mask_hidden=8, mask_decoder=decoder, prompts_per_block=0)
     return GroundedSam2Config(detector, segmenter, num_queries=64, tokenizer="words")
 
 
