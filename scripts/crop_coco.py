@@ -3,8 +3,8 @@
 python scripts/crop_coco.py SOURCE.json DESTINATION.json [--images 8] [--side 128] [--min-area 30] [--max-instances 16]
 
 The first images, by id, whose top left squares of ``side`` pixels hold one to ``max-instances`` objects of at least
-``min-area`` pixels; smaller remains are left out. Pictures lie beside the JSON in the folder with its name, as configs/coco.py
-wants.
+``min-area`` pixels; smaller remains are left out. Pictures lie beside the JSON in the folder with its name, as
+configs/coco.py wants.
 """
 
 from __future__ import annotations
