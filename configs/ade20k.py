@@ -12,8 +12,8 @@ from configs import common
 
 
 def get_config(argument: str = "cast"):
-    """``step[,seed=0][,smoke][,encoder=dinov2_s][,decoder=dpt]``."""
-    arguments = common.parse_arguments(argument, encoder="dinov2_s", decoder="dpt")
+    """``step[,seed=0][,smoke][,encoder=dinov2_s][,decoder=dpt][,teacher=student_l]``."""
+    arguments = common.parse_arguments(argument, encoder="dinov2_s", decoder="dpt", teacher="student_l")
     config = common.base(arguments, "configs/ade20k.py")
     config.data.kind = "ade20k"
     config.data.update({"root": "", "split": "", "labelled": 0, "category_ids": "instance100"})
@@ -25,4 +25,5 @@ def get_config(argument: str = "cast"):
     if arguments.smoke:
         common.smoke(config)
         config.data.labelled = 4
+    common.teacher(config, arguments)
     return config

@@ -23,8 +23,8 @@ def get_config(argument: str = "cast"):
     config.data.kind = "cityscapes"
     config.data.update({"root": "", "split": "", "labelled": arguments.labelled})
     common.student_parts(config, arguments)
-    common.teacher(config, arguments.teacher)
     if arguments.smoke:
         common.smoke(config)
         config.data.labelled = 4
+    common.teacher(config, arguments)
     return config

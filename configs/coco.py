@@ -10,12 +10,12 @@ from configs import common
 
 
 def get_config(argument: str = "cast"):
-    """``step[,seed=0][,smoke][,size=518][,encoder=dinov2_s][,decoder=dpt]``.
+    """``step[,seed=0][,smoke][,size=518][,encoder=dinov2_s][,decoder=dpt][,teacher=student_l]``.
 
     ``size`` is the side of the square that images are fitted into: a multiple of 14, and with an encoder of stride 32
     beside the teacher's 14, of 224 (448 if it is left out).
     """
-    arguments = common.parse_arguments(argument, size=0, encoder="dinov2_s", decoder="dpt")
+    arguments = common.parse_arguments(argument, size=0, encoder="dinov2_s", decoder="dpt", teacher="student_l")
     config = common.base(arguments, "configs/coco.py")
     config.data.kind = "coco"
     common.student_parts(config, arguments)
@@ -24,4 +24,5 @@ def get_config(argument: str = "cast"):
     config.data.update({"labelled": "", "unlabelled": "", "val": "", "labelled_images": "", "val_images": ""})
     if arguments.smoke:
         common.smoke(config)
+    common.teacher(config, arguments)
     return config

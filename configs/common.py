@@ -116,6 +116,7 @@ def teacher_step(steps: int, **changes) -> dict:
         "weight_decay": 0.01,
         "clip_norm": placeholder(float),
         "learning_rate_rules": (("segmenter/encoder/.*", 0.1), (".*", 1.0)),
+        "frozen": (),  # patterns of parameters that are not trained: ("segmenter/detector/bert/.*",)
     }
     return _step("teacher", 4, steps, optimizer, **changes)
 
@@ -130,6 +131,7 @@ def student_step(steps: int, **changes) -> dict:
         "weight_decay": 0.05,
         "clip_norm": 0.1,
         "learning_rate_rules": (("segmenter/encoder/.*", 0.1), (".*", 1.0)),  # (chosen)
+        "frozen": (),
     }
     return _step("student", 8, steps, optimizer, **{"start_parts": ("encoder",), **changes})
 
@@ -181,11 +183,30 @@ def _step(
     }
 
 
-def teacher(config: ConfigDict, name: str) -> None:
-    """Another teacher than a large student; the paper's starts from two networks' weights."""
+def teacher(config: ConfigDict, arguments: FrozenConfigDict, default: str = "student_l") -> None:
+    """Another teacher: the argument of this name, after everything else. The paper's is ``grounded_sam2_l``.
+
+    Its two networks start from weights, and their encoders learn at a tenth of the rate. ``grounded_sam2_tiny`` starts
+    from nothing.
+
+    Raises:
+      ValueError: a large one with ``smoke``.
+    """
+    name = arguments.teacher
+    if name == default:
+        return
+    tiny = name.endswith("_tiny")
+    if arguments.smoke and not tiny:
+        raise ValueError(f"smoke has small models of its own: leave teacher={name} out, or use grounded_sam2_tiny")
     config.model.teacher = {"name": name}
-    if name.startswith("grounded_sam2"):
-        config.init.teacher = {"detector": "", "segmenter": ""}
+    if not name.startswith("grounded_sam2"):
+        return
+    rules = (("segmenter/detector/(backbone|bert)/.*", 0.1), ("segmenter/segmenter/encoder/.*", 0.1), (".*", 1.0))
+    for step in config.steps.values():
+        if step.model == "teacher":
+            step.optimizer.learning_rate_rules = rules[-1:] if tiny else rules  # (chosen)
+    if not tiny:
+        config.init = {"teacher": {"detector": "", "segmenter": ""}, "student": ""}
         config.model.teacher.tokenizer = "bert-base-uncased"  # a folder with its vocab.txt, or its name on the hub
 
 

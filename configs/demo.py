@@ -15,11 +15,16 @@ STEPS = {
     "refine": 80,
     "student_supervised": 530,
 }
+LONG = {"pretrain": 4000, "finetune": 150, "adapt": 150, "distill": 1500, "refine": 100, "student_supervised": 1600}
 
 
 def get_config(argument: str = "cast"):
-    """``step[,seed=0][,smoke]``."""
-    arguments = common.parse_arguments(argument)
+    """``step[,seed=0][,smoke][,long][,teacher=grounded_sam2_tiny]``.
+
+    ``long``: the README's experiment, most of an hour. A teacher that was pretrained for longer, only 8 labels, and a
+    student that has the pretrained encoder and nothing else.
+    """
+    arguments = common.parse_arguments(argument, teacher="", long=False)
     config = common.base(arguments, "configs/demo.py")
     config.pipeline = ("pretrain", *config.pipeline)
     config.data.kind = "scenes"
@@ -27,12 +32,13 @@ def get_config(argument: str = "cast"):
     config.steps = {"pretrain": common.teacher_step(steps=1, source="pretrain"), **config.steps}
     for name in ("finetune", "adapt"):
         config.steps[name].start = "pretrain"
-    for name in ("distill", "student_supervised"):
+    for name in ("distill", "student_supervised") if not arguments.teacher else ():
         # As the paper's student starts from DINOv2: what was pretrained, with a fresh mask decoder.
         config.steps[name].update({"start": "pretrain", "start_parts": ("encoder", "decoder")})
     if arguments.smoke:
         common.smoke(config)
         config.data.labelled = 4
+        common.teacher(config, arguments, default="")
         return config
     common.tiny_models(config, (64, 128))
     for role in config.model:
@@ -53,4 +59,18 @@ def get_config(argument: str = "cast"):
     # The labels alone, once more: at a high rate the student would forget what the pseudo-labels taught it.
     config.steps.refine.optimizer.learning_rate = 2e-4
     config.pseudo_labels.threshold = 0.5
+    if arguments.long:
+        _long(config)
+    common.teacher(config, arguments, default="")
     return config
+
+
+def _long(config) -> None:
+    config.model.teacher = {"name": "student_resnet_tiny", "mask_decoder": {"query_stride": 4}}
+    config.data.labelled = 8
+    for name, steps in LONG.items():
+        config.steps[name].train.steps = steps
+    for name in ("distill", "student_supervised"):
+        config.steps[name].start_parts = ("encoder",)
+    for name, rate in (("finetune", 5e-4), ("adapt", 5e-4), ("refine", 1e-4)):
+        config.steps[name].optimizer.learning_rate = rate

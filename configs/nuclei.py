@@ -10,13 +10,14 @@ STEPS = {"finetune": 1000, "adapt": 150, "distill": 1500, "refine": 400, "studen
 
 
 def get_config(argument: str = "cast"):
-    """``step[,seed=0][,smoke]``."""
-    arguments = common.parse_arguments(argument)
+    """``step[,seed=0][,smoke][,teacher=grounded_sam2_tiny]``."""
+    arguments = common.parse_arguments(argument, teacher="")
     config = common.base(arguments, "configs/nuclei.py")
     config.data.kind = "coco"
     config.data.update({"labelled": "", "unlabelled": "", "val": "", "labelled_images": "", "val_images": ""})
     if arguments.smoke:
         common.smoke(config)
+        common.teacher(config, arguments, default="")
         return config
     common.tiny_models(config, (128, 128))
     config.model.teacher = {"name": "teacher_resnet_tiny"}
@@ -31,4 +32,5 @@ def get_config(argument: str = "cast"):
     # There is no foundation model to be reset to: the teacher goes on from what it learned of the labels.
     config.steps.adapt.start = "finetune"
     config.steps.adapt.optimizer.learning_rate = 1e-3
+    common.teacher(config, arguments, default="")
     return config

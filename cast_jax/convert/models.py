@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from flax import nnx
 
-from cast_jax.convert import encoders, sam2
+from cast_jax.convert import encoders, grounding_dino, sam2
 from cast_jax.convert.encoders import PretrainedConfig
 from cast_jax.convert.engine import Rule, Shapes, likeness, place, placed_shapes
 from cast_jax.convert.sources import Checkpoint
@@ -26,6 +26,7 @@ from cast_jax.models.dinov2 import DinoV2Config, dinov2_b, dinov2_l, dinov2_s
 from cast_jax.models.dpt import DptConfig
 from cast_jax.models.functional import Functional
 from cast_jax.models.parts import ENCODERS
+from cast_jax.models.teacher.grounding_dino_config import GROUNDING_DINO, GroundingDinoConfig
 from cast_jax.models.teacher.sam2 import SAM2, Sam2Config
 
 Config = TypeVar("Config")
@@ -72,7 +73,7 @@ class Family(Protocol):
         """PyTorch's intermediate results, named and laid out as those of ``module``."""
 
 
-FAMILIES: dict[type, Family] = {PretrainedConfig: encoders, Sam2Config: sam2}
+FAMILIES: dict[type, Family] = {PretrainedConfig: encoders, Sam2Config: sam2, GroundingDinoConfig: grounding_dino}
 
 
 def family_of(config: Any) -> Family:
@@ -101,6 +102,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "dinov2_dpt_b": lambda: _dpt(dinov2_b(), 128, (96, 192, 384, 768), (2, 5, 8, 11)),
     "dinov2_dpt_l": lambda: _dpt(dinov2_l(), 256, (256, 512, 1024, 1024), (4, 11, 17, 23)),
     **SAM2,
+    **GROUNDING_DINO,
 }
 
 

@@ -124,8 +124,9 @@ def _fill(model: Any, checkpoint: Checkpoint, config: Any) -> None:
                 theirs = f"{origins[folded].key.removesuffix('.scale')}.{member}"
                 values = checkpoint.read(theirs) if theirs in checkpoint.shapes else np.zeros(parameter.shape)
             else:
-                parts = [_tensor(prepared, origins[target]) for target in place([key], rules).origins]
-                if not parts:  # what is ignored
+                targets = [target for target in place([key], rules).origins if target in origins]
+                parts = [_tensor(prepared, origins[target]) for target in targets]
+                if not parts:  # what is ignored, or another name of a module that is shared
                     continue
                 values = np.concatenate(parts)
             parameter.copy_(torch.from_numpy(values.reshape(parameter.shape)))

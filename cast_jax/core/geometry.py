@@ -13,6 +13,19 @@ def unpack_masks(packed: UInt8[Array, "*batch height bytes"], width: int) -> Boo
     return bits.reshape(*packed.shape[:-1], -1)[..., :width].astype(bool)
 
 
+def mask_boxes(masks: Bool[Array, "*batch height width"]) -> Float[Array, "*batch 4"]:
+    """(left, top, right, bottom) around each mask, as shares of the width and height; zeros around an empty one."""
+
+    def extent(line: Bool[Array, "*batch pixels"]) -> tuple[Array, Array]:
+        length = line.shape[-1]
+        first, after = jnp.argmax(line, axis=-1), length - jnp.argmax(line[..., ::-1], axis=-1)
+        some = jnp.any(line, axis=-1)
+        return jnp.where(some, first / length, 0.0), jnp.where(some, after / length, 0.0)
+
+    (left, right), (top, bottom) = extent(jnp.any(masks, axis=-2)), extent(jnp.any(masks, axis=-1))
+    return jnp.stack([left, top, right, bottom], axis=-1).astype(jnp.float32)
+
+
 def bilinear_sample(
     features: Float[Array, "height width channels"], positions: Float[Array, "points 2"]
 ) -> Float[Array, "points channels"]:

@@ -27,6 +27,7 @@ class CriterionConfig:
 
     Attributes:
       class_weight, mask_weight, dice_weight: weights of the terms, in the loss and in the matching cost.
+      iou_weight: of the IoU that a model predicts for prompted masks.
       no_object_weight: weight of the "no object" class in the cross-entropy.
       num_points: points sampled per mask; None compares every pixel of the mask map (cheaper on small maps), and every
         fourth in the matching.
@@ -37,13 +38,14 @@ class CriterionConfig:
     class_weight: float = 2.0
     mask_weight: float = 5.0
     dice_weight: float = 5.0
+    iou_weight: float = 1.0
     no_object_weight: float = 0.1
     num_points: int | None = 12_544
     oversample: float = 3.0
     importance: float = 0.75
 
     def __post_init__(self) -> None:
-        weights = ("class_weight", "mask_weight", "dice_weight", "no_object_weight")
+        weights = ("class_weight", "mask_weight", "dice_weight", "iou_weight", "no_object_weight")
         check_ranges(self, **dict.fromkeys(weights, "[0, inf)"), importance="[0, 1]")
         # At most the pixels of a mask of 1024 x 1024; each point costs memory for every query, instance and layer.
         check_ranges(self, num_points="[1, 1048576]", oversample="[1, 16]")
@@ -162,6 +164,46 @@ def set_loss(
     return jnp.sum(jnp.stack(means)), jax.tree.map(lambda values: values[-1], sums)
 
 
+@jax.named_scope("criterion")
+def prompted_mask_loss(
+    key: PRNGKeyArray,
+    mask_logits: Float[Array, "batch instances h w"],
+    iou: Float[Array, "batch instances"],
+    targets: Targets,
+    config: CriterionConfig,
+    instances: Float[Array, ""] | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """The mask terms of :func:`set_criterion` where each instance has its own mask; nothing is to be matched.
+
+    ``iou`` is what the model says of its masks; it learns the true IoU by L1 (Ravi et al., 2024), weighted
+    ``config.iou_weight``. The terms are divided by ``instances``, or by those in the (global) batch.
+
+    Returns:
+      The weighted loss, and the unweighted terms as (sum, count) pairs.
+    """
+    mask_logits = mask_logits.astype(jnp.float32)
+    height, width = mask_logits.shape[-2:]
+    maps = _target_maps(targets, (height, width))
+    terms_of = jax.vmap(functools.partial(_mask_terms, config=config))
+    bce, dice = terms_of(jax.random.split(key, len(mask_logits)), mask_logits, targets, maps)
+    terms = {"mask": bce, "dice": dice, "iou": jnp.abs(iou - _true_iou(mask_logits, *maps))}
+    found = jnp.sum(targets.valid).astype(jnp.float32)
+    divisor = found if instances is None else instances
+    divisor = jnp.where(divisor > 0.0, divisor, 1.0)
+    sums = {name: jnp.sum(jnp.where(targets.valid, targets.weights * values, 0.0)) for name, values in terms.items()}
+    weights = {"mask": config.mask_weight, "dice": config.dice_weight, "iou": config.iou_weight}
+    total = sum((weights[name] * value for name, value in sums.items()), jnp.zeros(())) / divisor
+    return total, {name: (value, found) for name, value in sums.items()}
+
+
+def _true_iou(mask_logits, soft_masks, soft_ignore) -> Float[Array, "batch instances"]:
+    """Of the predicted masks with the given ones, where nothing is ignored."""
+    care = (soft_ignore < 0.5)[:, None]
+    found, true = (mask_logits > 0.0) & care, (soft_masks > 0.5) & care
+    count = lambda mask: jnp.sum(mask, axis=(-2, -1), dtype=jnp.float32)
+    return count(found & true) / jnp.maximum(count(found | true), 1.0)
+
+
 def _part_weights(found, average, queries: int, config: CriterionConfig) -> dict[str, Array]:
     """What each term's mean over a part of a batch weighs, by its instances and those of an average part."""
     of_masks = jnp.maximum(found, 1.0) / jnp.where(average > 0.0, average, 1.0)
@@ -185,28 +227,16 @@ def _shrink(maps: Bool[Array, "*batch height width"], size: tuple[int, int]) -> 
 
 def _image_terms(key, mask_logits, class_logits, targets: Targets, maps, query, matched, config) -> Metrics:
     """Loss terms of one image in one layer, given the matched query of each instance."""
-    soft_masks, soft_ignore = maps
-    matched_logits = mask_logits[query]
-    if config.num_points is None:
-        logits = matched_logits.reshape(len(query), -1)
-        labels = soft_masks.reshape(len(query), -1)
-        care = jnp.broadcast_to(1.0 - soft_ignore.reshape(1, -1), logits.shape)
-    else:
-        points = jax.lax.stop_gradient(_uncertain_points(key, matched_logits, config))
-        logits = _sample_each(matched_logits, points)
-        labels = _sample_each(targets.masks, points)
-        care = 1.0 - jax.vmap(lambda points: _sample(targets.ignore[None], points)[:, 0])(points)
     weight = jnp.where(matched, targets.weights, 0.0)
     count = jnp.sum(matched).astype(jnp.float32)
-    bce = jnp.sum(_binary_cross_entropy(logits, labels) * care, -1) / jnp.maximum(jnp.sum(care, -1), 1.0)
-    dice = _dice_loss(logits, labels, care)
+    bce, dice = _mask_terms(key, mask_logits[query], targets, maps, config)
 
     num_classes = class_logits.shape[-1] - 1
     # Unmatched instances write out of bounds, which `mode="drop"` discards.
     slot = jnp.where(matched, query, class_logits.shape[0])
     classes = jnp.full(class_logits.shape[0], num_classes).at[slot].set(targets.labels, mode="drop")
     class_weights = jnp.full(class_logits.shape[0], config.no_object_weight)
-    class_weights = class_weights * _outside_ignore(mask_logits, soft_ignore)
+    class_weights = class_weights * _outside_ignore(mask_logits, maps[1])
     class_weights = class_weights.at[slot].set(targets.weights, mode="drop")
     cross_entropy = -jnp.take_along_axis(jax.nn.log_softmax(class_logits), classes[:, None], axis=1)[:, 0]
     return {
@@ -214,6 +244,22 @@ def _image_terms(key, mask_logits, class_logits, targets: Targets, maps, query, 
         "mask": (jnp.sum(weight * bce), count),
         "dice": (jnp.sum(weight * dice), count),
     }
+
+
+def _mask_terms(key, logits, targets: Targets, maps, config) -> tuple[Array, Array]:
+    """Cross-entropy and dice of one image's mask logits, one for each instance; padding's too."""
+    soft_masks, soft_ignore = maps
+    if config.num_points is None:
+        labels = soft_masks.reshape(len(logits), -1)
+        logits = logits.reshape(len(logits), -1)
+        care = jnp.broadcast_to(1.0 - soft_ignore.reshape(1, -1), logits.shape)
+    else:
+        points = jax.lax.stop_gradient(_uncertain_points(key, logits, config))
+        logits = _sample_each(logits, points)
+        labels = _sample_each(targets.masks, points)
+        care = 1.0 - jax.vmap(lambda points: _sample(targets.ignore[None], points)[:, 0])(points)
+    bce = jnp.sum(_binary_cross_entropy(logits, labels) * care, -1) / jnp.maximum(jnp.sum(care, -1), 1.0)
+    return bce, _dice_loss(logits, labels, care)
 
 
 def _outside_ignore(mask_logits, soft_ignore):

@@ -6,6 +6,7 @@ and exports see.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,9 @@ class Functional:
     def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
         """``build`` makes the module from its random streams; it must hold no state but parameters."""
         self._init = jax.jit(lambda key: _to_tree(nnx.split(build(_streams(key)))[1]))
-        self.graphdef, self._state = nnx.split(nnx.eval_shape(lambda: build(_streams(jax.random.key(0)))))
+        module = nnx.eval_shape(lambda: build(_streams(jax.random.key(0))))
+        self.graphdef, self._state = nnx.split(module)
+        self._arguments = frozenset(inspect.signature(module).parameters)
 
     def init(self, key: PRNGKeyArray) -> Params:
         """Fresh float32 parameters, compiled as one program."""
@@ -31,6 +34,10 @@ class Functional:
     def abstract(self) -> Params:
         """Shapes and dtypes of the parameters, without allocating any."""
         return _to_tree(self._state)
+
+    def takes(self, argument: str) -> bool:
+        """Whether the module is called with an argument of this name."""
+        return argument in self._arguments
 
     def apply(self, params: Params, *args: Any, key: PRNGKeyArray | None = None, **kwargs: Any) -> Any:
         """Calls the module; ``key`` feeds dropout (None: deterministic)."""

@@ -8,19 +8,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
+import numpy as np
 
 from cast_jax.core.config import build
 from cast_jax.core.errors import UserError
 from cast_jax.models import dinov2
 from cast_jax.models.dpt import DptConfig
 from cast_jax.models.functional import Functional
+from cast_jax.models.hiera import HieraConfig
 from cast_jax.models.mask_decoder import MaskDecoderConfig
 from cast_jax.models.parts import DECODERS, ENCODERS, decoder_layers
 from cast_jax.models.resnet import ResNetConfig
 from cast_jax.models.student import Student, StudentConfig
+from cast_jax.models.swin import SwinConfig
+from cast_jax.models.teacher.bert import BertConfig
 from cast_jax.models.teacher.grounded_sam2 import GroundedSam2, GroundedSam2Config
-from cast_jax.models.teacher.grounding_dino_config import mm_grounding_dino_l, mm_grounding_dino_t
-from cast_jax.models.teacher.sam2 import sam2_image_l, sam2_image_t
+from cast_jax.models.teacher.grounding_dino_config import GroundingDinoConfig, mm_grounding_dino_l, mm_grounding_dino_t
+from cast_jax.models.teacher.sam2 import Sam2Config, sam2_image_l, sam2_image_t
+from cast_jax.models.teacher.sam2_mask_decoder import Sam2MaskDecoderConfig
 from cast_jax.models.teacher.text import load_tokenizer, make_prompts
 
 Config = TypeVar("Config")
@@ -104,12 +109,54 @@ def teacher_resnet_tiny() -> StudentConfig:
 
 def grounded_sam2_l() -> GroundedSam2Config:
     """The paper's teacher: MM-Grounding-DINO-L and SAM2-L, 560 M parameters."""
-    return GroundedSam2Config(mm_grounding_dino_l(remat=True), sam2_image_l(), segmenter_size=(1024, 1024))
+    return _fused(mm_grounding_dino_l(), sam2_image_l())
 
 
 def grounded_sam2_t() -> GroundedSam2Config:
     """The smallest published pair: MM-Grounding-DINO-T and SAM2-T, 204 M parameters."""
-    return GroundedSam2Config(mm_grounding_dino_t(remat=True), sam2_image_t(), segmenter_size=(1024, 1024))
+    return _fused(mm_grounding_dino_t(), sam2_image_t())
+
+
+def _fused(detector: GroundingDinoConfig, segmenter: Sam2Config) -> GroundedSam2Config:
+    """Published networks, which compute their blocks again in the gradient: an update is to fit one GPU."""
+    backbone, bert = (
+        dataclasses.replace(detector.backbone, remat="blocks"),
+        dataclasses.replace(detector.bert, remat=True),
+    )
+    return GroundedSam2Config(
+        dataclasses.replace(detector, backbone=backbone, bert=bert, remat=True),
+        dataclasses.replace(segmenter, encoder=dataclasses.replace(segmenter.encoder, remat="blocks")),
+        segmenter_size=(1024, 1024),
+    )
+
+
+def grounded_sam2_tiny() -> GroundedSam2Config:
+    """For CPUs and small data without pretrained weights or vocabulary: both networks learn from scratch."""
+    swin = SwinConfig(
+        embed_dim=32, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window_size=4, learned_norms=(1, 2, 3), drop_path=0.0
+    )
+    detector = GroundingDinoConfig(
+        backbone=swin,
+        bert=BertConfig(vocab_size=1536, hidden_dim=32, num_layers=1, num_heads=2, ffn_dim=64, max_positions=64),
+        hidden_dim=64,
+        num_heads=4,
+        encoder_layers=1,
+        encoder_ffn_dim=128,
+        decoder_layers=2,
+        decoder_ffn_dim=128,
+        num_queries=64,
+    )
+    trunk = HieraConfig(
+        embed_dim=32,
+        depths=(1, 1, 2, 1),
+        window_sizes=(8, 4, 8, 4),
+        global_blocks=(3,),
+        normalised_maps=False,
+    )
+    # The single mask always: the others, which published weights fall back on, are not trained.
+    decoder = Sam2MaskDecoderConfig(num_heads=2, ffn_dim=64, iou_hidden_dim=32, stability_threshold=0.0)
+    segmenter = Sam2Config(trunk, features=64, mask_hidden=8, mask_decoder=decoder, prompts_per_block=0)
+    return GroundedSam2Config(detector, segmenter, num_queries=64, tokenizer="words")
 
 
 SegmenterConfig = StudentConfig | GroundedSam2Config
@@ -125,6 +172,7 @@ SEGMENTERS: dict[str, Callable[[], SegmenterConfig]] = {
         teacher_resnet_tiny,
         grounded_sam2_l,
         grounded_sam2_t,
+        grounded_sam2_tiny,
     )
 }
 
@@ -193,6 +241,8 @@ def build_segmenter(
     key = repr((config, tuple(classes), jnp.dtype(dtype)))
     if key not in _TEACHERS:
         prompts = make_prompts(classes, load_tokenizer(config.tokenizer), synonyms=config.synonyms)
+        if (rows := int(np.max(prompts.tokens.ids)) + 1) > (known := config.detector.bert.vocab_size):
+            raise UserError(f"tokenizer {config.tokenizer!r} has {rows} words, more than the model's table, {known}")
         _TEACHERS[key] = Functional(lambda rngs: GroundedSam2(config, prompts, dtype=jnp.dtype(dtype), rngs=rngs))
     return _TEACHERS[key]
 

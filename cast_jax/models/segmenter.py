@@ -21,16 +21,22 @@ class Prediction:
       class_logits: ``[batch, queries, classes + 1]``; the last class is "no object".
       pixel_features: ``[batch, h, w, channels]``, what the contrastive projection reads.
       aux: (mask_logits, class_logits) of the earlier decoder layers, for deep supervision.
+      mask_quality: the IoU that the model itself expects of its masks; None where it has no opinion.
     """
 
     mask_logits: Float[Array, "batch queries h w"]
     class_logits: Float[Array, "batch queries classes+1"]
     pixel_features: Float[Array, "batch h w channels"]
     aux: tuple[tuple[Float[Array, "batch queries h w"], Float[Array, "batch queries classes+1"]], ...] = ()
+    mask_quality: Float[Array, "batch queries"] | None = None
 
 
 class Segmenter(Protocol):
-    """A model that recipes can train, adapt or distil: images in [0, 1] to a :class:`Prediction`."""
+    """A model that recipes can train, adapt or distil: images in [0, 1] to a :class:`Prediction`.
+
+    One that makes masks from boxes also takes those of the (pseudo-)labels in training: ``boxes``
+    ``[batch, instances, 4]``, (left, top, right, bottom) in [0, 1].
+    """
 
     def __call__(self, images: Float[Array, "batch height width 3"], *, rngs: nnx.Rngs | None = None) -> Prediction:
         """``rngs`` feeds dropout; without it the model is deterministic."""
@@ -51,8 +57,8 @@ class ScoredMasks:
 def score_instances(prediction: Prediction, top_k: int) -> ScoredMasks:
     """Ranks queries x classes and scores each by class probability x mask quality.
 
-    Mask quality is the mean foreground probability inside the predicted mask, as in Mask2Former's instance inference
-    (Cheng et al. 2022, reference implementation ``instance_inference``).
+    Mask quality is what the prediction says of it, or the mean foreground probability inside the predicted mask, as in
+    Mask2Former's instance inference (Cheng et al. 2022, reference implementation ``instance_inference``).
     """
     batch, queries, classes = prediction.class_logits.shape
     top_k = min(top_k, queries * (classes - 1))
@@ -60,8 +66,11 @@ def score_instances(prediction: Prediction, top_k: int) -> ScoredMasks:
     best, index = jax.lax.top_k(class_probabilities.reshape(batch, -1), top_k)
     query, labels = index // (classes - 1), index % (classes - 1)
     masks = jnp.take_along_axis(prediction.mask_logits, query[:, :, None, None], axis=1)
-    inside = masks > 0
-    quality = jnp.sum(jax.nn.sigmoid(masks) * inside, axis=(2, 3)) / jnp.maximum(jnp.sum(inside, axis=(2, 3)), 1)
+    if prediction.mask_quality is None:
+        inside = masks > 0
+        quality = jnp.sum(jax.nn.sigmoid(masks) * inside, axis=(2, 3)) / jnp.maximum(jnp.sum(inside, axis=(2, 3)), 1)
+    else:
+        quality = jnp.take_along_axis(prediction.mask_quality, query, axis=1)
     scores = best * quality
     order = jnp.argsort(-scores, axis=1)
     take = lambda values: jnp.take_along_axis(values, order, axis=1)

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cast_jax.core.geometry import unpack_masks
+from cast_jax.core.geometry import mask_boxes, unpack_masks
 from cast_jax.losses.set_criterion import Targets
 
 Batch = dict[str, Any]
@@ -20,6 +20,11 @@ Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 def view_images(view: Batch) -> Float[Array, "batch height width 3"]:
     """A view's uint8 images as floats in [0, 1]."""
     return view["image"].astype(jnp.float32) / 255.0
+
+
+def view_boxes(view: Batch) -> Float[Array, "batch instances 4"]:
+    """(left, top, right, bottom) around a view's instances, in [0, 1]; zeros on padding."""
+    return mask_boxes(unpack_masks(view["masks"], view["image"].shape[2]))
 
 
 def view_targets(view: Batch, weights: Float[Array, "batch instances"] | None = None) -> Targets:

@@ -25,10 +25,12 @@ from cast_jax.core.errors import UserError
 from cast_jax.core.geometry import pixel_centres, unpack_masks
 from cast_jax.core.sharding import batch_axes, join_batches, split_batches
 from cast_jax.data.views import VIEW_NAMES
-from cast_jax.losses.set_criterion import CriterionConfig, point_keys, set_loss, set_terms
+from cast_jax.losses.detection import DetectionConfig
+from cast_jax.losses.set_criterion import CriterionConfig
 from cast_jax.models.functional import Functional, Params
 from cast_jax.models.segmenter import Prediction
-from cast_jax.recipes.base import Batch, Metrics, view_images, view_targets
+from cast_jax.recipes.base import Batch, Metrics, view_boxes, view_images, view_targets
+from cast_jax.recipes.criteria import Criteria, view_losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class ObjectiveConfig:
       contrastive_weight: lambda_pxl.
       supervised_views, pseudo_label_views: the views whose predictions meet (pseudo-)labels **(chosen)**.
       contrastive_stride: side of the square of feature pixels that one contrastive pixel averages; 1 is the paper's.
-      criterion, contrastive: the terms themselves.
+      criterion, detection, contrastive: the terms themselves; ``detection`` is that of a model with a detector.
     """
 
     supervised_weight: float = 1.0
@@ -51,6 +53,7 @@ class ObjectiveConfig:
     pseudo_label_views: tuple[str, ...] = ("weak", "strong")
     contrastive_stride: int = 1
     criterion: CriterionConfig = dataclasses.field(default_factory=CriterionConfig)
+    detection: DetectionConfig = dataclasses.field(default_factory=DetectionConfig)
     contrastive: ContrastiveConfig = dataclasses.field(default_factory=ContrastiveConfig)
 
     def __post_init__(self) -> None:
@@ -173,7 +176,10 @@ class SemiSupervised:
     def _forward(self, params: Params, batch: Batch, key: PRNGKeyArray) -> dict[str, dict[str, Prediction]]:
         names = [(group, view) for group in sorted(batch) for view in VIEW_NAMES if view in batch[group]]
         images = [view_images(batch[group][view]) for group, view in names]
-        prediction = self.segmenter.apply(params, join_batches(images), key=key)
+        prompts = {}
+        if self.segmenter.takes("boxes"):  # of the (pseudo-)labels
+            prompts["boxes"] = join_batches([view_boxes(batch[group][view]) for group, view in names])
+        prediction = self.segmenter.apply(params, join_batches(images), **prompts, key=key)
         result: dict[str, dict[str, Prediction]] = {group: {} for group in batch}
         parts = split_batches(prediction, [len(image) for image in images])
         for (group, view), part in zip(names, parts, strict=True):
@@ -181,41 +187,33 @@ class SemiSupervised:
         return result
 
     def _set_losses(self, keys, predictions, batch, normalisers) -> dict[str, tuple[Array, Metrics]]:
-        """Of each group that has targets the set loss, the mean over its views, and its terms.
+        """Of each group that has targets the segmenter's loss, the mean over its views, and its terms.
 
-        All views of all images go through the criterion together; see ``set_loss`` for ``normalisers``, by group and
-        view.
+        See ``set_loss`` for ``normalisers``, by group and view.
         """
         config = self.config
-        views = {
+        supervised = {
             "labelled": config.supervised_views if config.supervised_weight else (),
             "unlabelled": config.pseudo_label_views if config.pseudo_label_weight else (),
         }
-        parts = [(group, view) for group in sorted(batch) for view in VIEW_NAMES if view in batch[group]]
-        parts = [(group, view) for group, view in parts if view in views[group]]
-        if not parts:
+        views = [(group, view) for group in sorted(batch) for view in VIEW_NAMES if view in batch[group]]
+        views = [(group, view) for group, view in views if view in supervised[group]]
+        if not views:
             return {}
-        found = [predictions[group][view] for group, view in parts]
-        layers = [(*prediction.aux, (prediction.mask_logits, prediction.class_logits)) for prediction in found]
-        targets = [view_targets(batch[group][view]) for group, view in parts]
-        drawn = {group: jax.random.split(keys[group], len(VIEW_NAMES)) for group in batch}
-        points = [
-            point_keys(drawn[group][VIEW_NAMES.index(view)], len(target.labels), len(layers[0]))
-            for (group, view), target in zip(parts, targets, strict=True)
-        ]
-        joined = set_terms(join_batches(points), join_batches(layers), join_batches(targets), config.criterion)
-        terms = split_batches(joined, [len(target.labels) for target in targets])
-        losses: dict[str, list[tuple[Array, Metrics]]] = {}
-        for (group, view), term, target in zip(parts, terms, targets, strict=True):
-            instances, queries = normalisers.get(group, {}).get(view), layers[0][0][1].shape[1]
-            losses.setdefault(group, []).append(set_loss(term, target.valid, queries, config.criterion, instances))
-        return {
-            group: (
-                jnp.mean(jnp.stack([loss for loss, _ in of_views])),
-                jax.tree.map(lambda *values: sum(values), *[terms for _, terms in of_views]),
-            )
-            for group, of_views in losses.items()
-        }
+        drawn = {group: dict(zip(VIEW_NAMES, jax.random.split(keys[group]), strict=True)) for group in batch}
+        found = view_losses(
+            [predictions[group][view] for group, view in views],
+            [drawn[group][view] for group, view in views],
+            [view_targets(batch[group][view]) for group, view in views],
+            Criteria(config.criterion, config.detection),
+            [normalisers.get(group, {}).get(view) for group, view in views],
+        )
+        losses = {}
+        for group in dict(views):
+            of_group = [loss for (its, _), loss in zip(views, found, strict=True) if its == group]
+            mean = jnp.mean(jnp.stack([loss for loss, _ in of_group]))
+            losses[group] = mean, jax.tree.map(lambda *values: sum(values), *[terms for _, terms in of_group])
+        return losses
 
     @jax.named_scope("contrastive")
     def _contrastive_loss(self, key, params, predictions, batch, bank: Bank | None) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 import resource
 import time
@@ -14,6 +15,8 @@ import pytest
 import torch
 from published import save_torch, scaled
 
+from cast_jax.convert import command
+from cast_jax.convert.command import main
 from cast_jax.convert.engine import converted, place, plan
 from cast_jax.convert.grounding_dino import (
     TOLERANCES,
@@ -27,14 +30,19 @@ from cast_jax.convert.grounding_dino import (
     reference_stages,
     rules,
 )
+from cast_jax.convert.models import MODELS, described_config, family_of, known_model
 from cast_jax.convert.sources import open_checkpoint
+from cast_jax.convert.verify import _reference
 from cast_jax.core.errors import UserError
 from cast_jax.core.rules import named_leaves, unnamed
+from cast_jax.export import load_weights
 from cast_jax.models.functional import Functional, count_parameters
+from cast_jax.models.hiera import HieraConfig
 from cast_jax.models.swin import SwinConfig
 from cast_jax.models.teacher import chunks
 from cast_jax.models.teacher.bert import BertConfig
 from cast_jax.models.teacher.grounding_dino_config import (
+    GROUNDING_DINO,
     GroundingDinoConfig,
     grounding_dino_b,
     grounding_dino_t,
@@ -43,6 +51,7 @@ from cast_jax.models.teacher.grounding_dino_config import (
     mm_grounding_dino_t,
 )
 from cast_jax.models.teacher.grounding_dino_layers import MASKED_LOGIT
+from cast_jax.models.teacher.sam2_mask_decoder import Sam2MaskDecoderConfig
 from cast_jax.models.teacher.text import tokens_of
 
 SWIN = SwinConfig(embed_dim=8, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4), window_size=3, learned_norms=(1, 2, 3))
@@ -283,6 +292,82 @@ def test_mmdetection(tmp_path):
     arrays, config = convert(source)
     assert config == CONFIG
     assert same(arrays, convert(tmp_path / "saved")[0])
+
+
+# What --config must say so that MODEL has these sizes.
+def as_changes(config: GroundingDinoConfig) -> dict:
+    return {
+        key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        for key, value in vars(config).items()
+    }
+
+
+CHANGES = as_changes(CONFIG)
+FLAGS = [
+    f"--config={part}.{name}={json.dumps(value)}"
+    if isinstance(values, dict)
+    else f"--config={part}={json.dumps(value)}"
+    for part, values in CHANGES.items()
+    for name, value in (values.items() if isinstance(values, dict) else [("", values)])
+]
+
+
+def test_the_command(tmp_path, capsys):
+    """Both layouts by the model's name, each held against PyTorch stage by stage; the second in half precision."""
+    weights = mmdetection(tmp_path / "saved")
+    main(["mm_grounding_dino_l", str(tmp_path / "saved"), str(tmp_path / "one"), "--verify", *FLAGS])
+    assert "all 11 stages agree with PyTorch's" in capsys.readouterr().out
+    source = save_torch(tmp_path / "x.pth", {"state_dict": {key: value.half() for key, value in weights.items()}})
+    main(["mm_grounding_dino_l", str(source), str(tmp_path / "other"), "--verify", *FLAGS])
+    printed = capsys.readouterr().out
+    assert "all 11 stages agree with PyTorch's" in printed
+    assert "1 of dn_query_generator" in printed
+    one, other = (load_weights(tmp_path / name / "model.safetensors") for name in ("one", "other"))
+    assert (one[1]["converted"]["keys"], other[1]["converted"]["keys"]) == ("hugging_face", "mmdetection")
+    assert described_config(other[1]) == CONFIG
+    for (name, array), (again, rounded) in zip(*(named_leaves(file[0]).items() for file in (one, other)), strict=True):
+        assert name == again
+        np.testing.assert_allclose(array, rounded, rtol=2**-10, atol=2**-24)
+
+
+def test_shared_heads_without_a_description(tmp_path):
+    """A file alone fills Hugging Face's module tensor by tensor: one head has several names there."""
+    theirs = hugging_face(PLAIN)
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    filled = _reference(PLAIN, tmp_path / "model.safetensors").state_dict()
+    unused = f"{SWIN_KEYS}.swin.layernorm"
+    wrong = [key for key, value in theirs.state_dict().items() if not torch.equal(filled[key], value)]
+    assert [key for key in wrong if not key.startswith(unused)] == []
+
+
+def test_detector_and_sam2_are_told_apart(tmp_path, monkeypatch):
+    """Each given for the other, in every published layout of the detector."""
+    sam2 = dataclasses.replace(
+        MODELS["sam2_image_t"](),
+        encoder=HieraConfig(
+            embed_dim=8, depths=(1, 1, 2, 1), window_sizes=(4, 4, 4, 4), global_blocks=(3,), normalised_maps=False
+        ),
+        features=16,
+        mask_decoder=Sam2MaskDecoderConfig(num_heads=2, ffn_dim=24, iou_hidden_dim=12),
+    )  # fmt: skip
+    monkeypatch.setattr("cast_jax.convert.models.MODELS", {"detector": lambda: CONFIG, "sam2": lambda: sam2})
+    source = save_torch(tmp_path / "x.pth", {"state_dict": mmdetection(tmp_path / "detector")})
+    for given in (tmp_path / "detector", source):
+        with pytest.raises(UserError, match="by its shapes this is a detector; you asked for sam2"):
+            command.convert("sam2", given, tmp_path / "out")
+    family_of(sam2).reference(sam2).save_pretrained(tmp_path / "sam2")
+    with pytest.raises(UserError, match="by its shapes this is a sam2; you asked for detector") as caught:
+        command.convert("detector", tmp_path / "sam2", tmp_path / "out")
+    assert "its config.json says model_type 'sam2'" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_published_models_are_known():
+    assert {name for name in MODELS if "dino_" in name} == set(GROUNDING_DINO)
+    assert all(known_model(name) == make() for name, make in GROUNDING_DINO.items())
+    with pytest.raises(UserError, match="mm_grounding_dino_l"):
+        known_model("grounding_dino_l")
 
 
 def test_other_weights_are_refused(tmp_path):

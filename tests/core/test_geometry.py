@@ -14,6 +14,7 @@ from cast_jax.core.geometry import (
     batched_bilinear_sample,
     bilinear_sample,
     inside_box,
+    mask_boxes,
     pixel_centres,
     scale_positions,
     unpack_masks,
@@ -69,3 +70,11 @@ def test_centres_affine_boxes_and_scales():
     corners = jnp.array([[1.0, 2.0], [2.9, 4.9], [3.0, 3.0], [2.0, 5.0], [0.9, 3.0]])
     assert inside_box(jnp.array([1.0, 2.0, 3.0, 5.0]), corners).tolist() == [True, True, False, False, False]
     assert scale_positions(jnp.array([[1.0, 4.0]]), (2, 8), (6, 4)).tolist() == [[3.0, 2.0]]
+
+
+def test_boxes_around_masks():
+    masks = np.zeros((2, 2, 8, 10), bool)
+    masks[0, 0, 2:5, 3:4] = masks[0, 1, 7, 9] = True
+    masks[1, 0, 0, 0] = masks[1, 0, 3, 8] = True  # in two pieces
+    expected = [[[0.3, 0.25, 0.4, 0.625], [0.9, 0.875, 1, 1]], [[0, 0, 0.9, 0.5], [0, 0, 0, 0]]]
+    np.testing.assert_allclose(mask_boxes(jnp.asarray(masks)), expected, rtol=1e-6)

@@ -11,7 +11,7 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from cast_jax.core.errors import UserError
-from cast_jax.losses.set_criterion import CriterionConfig, Targets, _uncertain_points, set_criterion
+from cast_jax.losses.set_criterion import CriterionConfig, Targets, _uncertain_points, prompted_mask_loss, set_criterion
 
 LAYERS, BATCH, QUERIES, INSTANCES, CLASSES, SIDE = 2, 2, 5, 3, 3, 8
 DENSE = CriterionConfig(num_points=None)
@@ -299,3 +299,45 @@ def test_points_crowd_where_the_mask_is_uncertain():
 def test_numbers_out_of_range_are_named(options, message):
     with pytest.raises(UserError, match=f"^{message}"):
         CriterionConfig(**options)
+
+
+# Prompted masks
+
+
+@jax.jit
+def prompted(mask_logits, iou, target, instances=None):
+    return jax.value_and_grad(
+        lambda *given: prompted_mask_loss(KEY, *given, target, DENSE, instances), argnums=(0, 1), has_aux=True
+    )(mask_logits, iou)
+
+
+def test_prompted_masks_meet_their_own_instances():
+    """Pair by pair in float64, with the IoU of what is cut at zero; padding teaches nothing."""
+    target = targets()
+    mask_logits, iou = logits()[0][0, :, :INSTANCES], np.full((BATCH, INSTANCES), 0.4, np.float32)
+    (total, metrics), gradients = prompted(mask_logits, iou, target)
+    soft = lambda maps: np.asarray(maps, np.float64).reshape(*maps.shape[:-2], SIDE, 2, SIDE, 2).mean((-3, -1))
+    masks, ignore = soft(target.masks), soft(target.ignore)
+    sums = {"mask": 0.0, "dice": 0.0, "iou": 0.0}
+    for image, slot in zip(*np.nonzero(np.asarray(target.valid)), strict=True):
+        x, y, care = mask_logits[image, slot].astype(np.float64), masks[image, slot], 1 - ignore[image]
+        found, true = (x > 0) & (care > 0.5), (y > 0.5) & (care > 0.5)
+        own = {"mask": bce(x, y, care), "dice": dice(x, y, care)}
+        own["iou"] = abs(0.4 - (found & true).sum() / max((found | true).sum(), 1))
+        for name, value in own.items():
+            sums[name] += float(target.weights[image, slot]) * value
+    for name, (found, count) in metrics.items():
+        np.testing.assert_allclose(found, sums[name], rtol=1e-5)
+        assert count == 5
+    np.testing.assert_allclose(total, (5 * sums["mask"] + 5 * sums["dice"] + sums["iou"]) / 5, rtol=1e-5)
+    for gradient in gradients:
+        assert np.abs(np.asarray(gradient)[0]).max() > 0
+        assert not np.asarray(gradient)[1, 1].any()
+
+
+def test_prompted_masks_of_parts_of_a_batch():
+    target, mask_logits, iou = targets(), logits()[0][0, :, :INSTANCES], np.full((BATCH, INSTANCES), 0.4, np.float32)
+    (total, _), _ = prompted(mask_logits, iou, target)
+    part = lambda tree, i: jax.tree.map(lambda leaf: leaf[i : i + 1], tree)
+    parts = [prompted(*part((mask_logits, iou, target), i), jnp.asarray(2.5))[0][0] for i in range(BATCH)]
+    np.testing.assert_allclose(np.mean(parts), total, rtol=1e-6)

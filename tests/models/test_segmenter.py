@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,3 +41,10 @@ def test_the_best_class_probabilities_are_kept_before_quality_counts():
     assert scored.scores.shape == (1, 2)
     np.testing.assert_allclose(scored.scores[0], [0.6 * P[1], 0.0], rtol=1e-6)
     assert scored.labels[0].tolist() == [0, 1]
+
+
+def test_a_model_may_judge_its_own_masks():
+    judged = dataclasses.replace(prediction(), mask_quality=jnp.array([[0.5, 0.25, 1.0]]))
+    scored = score_instances(judged, top_k=3)
+    np.testing.assert_allclose(scored.scores[0], [0.6, 0.5 * 0.5, 0.9 * 0.25], rtol=1e-6)
+    np.testing.assert_allclose(scored.mask_quality[0], [1.0, 0.5, 0.25], rtol=1e-6)

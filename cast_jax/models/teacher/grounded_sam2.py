@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from cast_jax.core.config import check_ranges
 from cast_jax.core.errors import UserError
@@ -25,6 +26,37 @@ MASK_STRIDE = 4  # pixels of SAM 2's image between those of its masks and finest
 LEAST = 1e-6  # a probability whose logarithm is taken
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PromptDetections:
+    """What the detector says for one prompt, in the first stage and in every decoder layer.
+
+    Attributes:
+      token_logits: ``[batch, layers, queries, tokens]``; those of padding tokens are -10,000.
+      boxes: ``[batch, layers, queries, 4]``, (x, y, width, height) of the centre, in [0, 1].
+      class_map: ``[batch, classes, tokens]``, see ``text.Prompts``; the same for all images.
+    """
+
+    token_logits: Float[Array, "batch layers queries tokens"]
+    boxes: Float[Array, "batch layers queries 4"]
+    class_map: Float[Array, "batch classes tokens"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GroundedPrediction(Prediction):
+    """A :class:`Prediction` with what the two networks' own losses need.
+
+    Attributes:
+      detections: by prompt.
+      prompted: for given boxes, mask logits ``[batch, instances, h, w]`` and the IoU ``[batch, instances]`` expected of
+        them; None without.
+    """
+
+    detections: tuple[PromptDetections, ...] = ()
+    prompted: tuple[Float[Array, "batch instances h w"], Float[Array, "batch instances"]] | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class GroundedSam2Config:
     """The two networks and how they work together.
@@ -34,7 +66,10 @@ class GroundedSam2Config:
       num_queries: boxes of an image that become masks, those of the highest class scores.
       detector_size, segmenter_size: (height, width) that images are resized to; empty for the multiples of 32 nearest
         to the image's own. The detector was trained with shorter sides of 800, SAM 2 with 1024 x 1024.
-      tokenizer: a folder with the vocab.txt of bert-base-uncased, or a name on the hub.
+      box_jitter: the boxes that prompt for masks in training are off by this, relative to their sides (standard
+        deviation): as imprecise as detected ones.
+      tokenizer: a folder with the vocab.txt of bert-base-uncased, a name on the hub, or "words" (see
+        ``text.load_tokenizer``).
       synonyms: phrases that stand for a class instead of its name, ``{"person": ["pedestrian", "person"]}``.
     """
 
@@ -43,11 +78,12 @@ class GroundedSam2Config:
     num_queries: int = 100
     detector_size: tuple[int, ...] = ()
     segmenter_size: tuple[int, ...] = ()
+    box_jitter: float = 0.1
     tokenizer: str = "bert-base-uncased"
     synonyms: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_ranges(self, num_queries=f"[1, {self.detector.num_queries}]")
+        check_ranges(self, num_queries=f"[1, {self.detector.num_queries}]", box_jitter="[0, 1]")
         for name in ("detector_size", "segmenter_size"):
             size = getattr(self, name)
             if size and (len(size) != 2 or any(side < STRIDE or side % STRIDE for side in size)):
@@ -87,27 +123,47 @@ class GroundedSam2(nnx.Module):
         self.detector = GroundingDino(config.detector, dtype=dtype, rngs=rngs)
         self.segmenter = Sam2(config.segmenter, dtype=dtype, rngs=rngs)
 
-    def __call__(self, images: Float[Array, "batch height width 3"], *, rngs: nnx.Rngs | None = None) -> Prediction:
+    def __call__(
+        self,
+        images: Float[Array, "batch height width 3"],
+        *,
+        boxes: Float[Array, "batch instances 4"] | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> GroundedPrediction:
         """The boxes of the highest class scores with their masks.
 
         A class's probability is the mean of its tokens'; "no object" has what the classes leave. Boxes carry no
         gradient into the masks.
+
+        Args:
+          images: in [0, 1].
+          boxes: (left, top, right, bottom) in [0, 1], jittered where ``rngs`` are given: prompts for further masks.
+          rngs: switches training on.
         """
         size = (images.shape[1], images.shape[2])
         images = (images - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
         shown = lambda wanted: resize(images, wanted or nearest_size(size), antialias=True).astype(self.dtype)
-        scores, boxes = self._queries(self.detect(shown(self.config.detector_size), rngs=rngs))
+        detections = self.detect(shown(self.config.detector_size), rngs=rngs)
+        scores, found = self._queries(detections)
         best = jax.lax.top_k(scores.max(axis=-1), self.config.num_queries)[1][..., None]
-        scores, boxes = (jnp.take_along_axis(values, best, axis=1) for values in (scores, boxes))
+        scores, found = (jnp.take_along_axis(values, best, axis=1) for values in (scores, found))
 
         features = self.segmenter.encode(shown(self.config.segmenter_size), rngs=rngs)
-        rows, columns = features.stride4.shape[1:3]
-        corners = corners_of(jax.lax.stop_gradient(boxes), (MASK_STRIDE * rows, MASK_STRIDE * columns))
-        masks = self.segmenter.decode(features, boxes=corners, train=rngs is not None)
-        return Prediction(
+        shown_size = jnp.array([features.stride4.shape[2], features.stride4.shape[1]] * 2) * float(MASK_STRIDE)
+        decode = lambda corners: self.segmenter.decode(features, boxes=corners * shown_size, train=rngs is not None)
+        masks, prompted = decode(corners_of(jax.lax.stop_gradient(found))), None
+        if boxes is not None:
+            of_boxes = decode(boxes if rngs is None else jittered(rngs.dropout(), boxes, self.config.box_jitter))
+            prompted = of_boxes.logits[:, :, 0], of_boxes.iou[:, :, 0]
+        return GroundedPrediction(
             mask_logits=masks.logits[:, :, 0],
             class_logits=class_logits(scores),
             pixel_features=features.stride4.astype(jnp.float32),
+            mask_quality=masks.iou[:, :, 0],
+            detections=tuple(
+                _of_prompt(found, row) for found, row in zip(detections, self.prompts.value.class_map, strict=True)
+            ),
+            prompted=prompted,
         )
 
     def detect(self, images: Float[Array, "batch height width 3"], *, rngs: nnx.Rngs | None = None) -> list[Detections]:
@@ -141,11 +197,27 @@ def class_logits(scores: Float[Array, "*batch classes"]) -> Float[Array, "*batch
     return jnp.log(jnp.maximum(jnp.concatenate([scores, nothing], axis=-1), LEAST))
 
 
-def corners_of(boxes: Float[Array, "*batch 4"], size: tuple[int, int]) -> Float[Array, "*batch 4"]:
-    """(x, y, width, height) of centres in [0, 1] as (left, top, right, bottom) in pixels, cut at the image's border."""
+def _of_prompt(found: Detections, class_map: Float[np.ndarray, "classes tokens"]) -> PromptDetections:
+    """The first stage and the layers behind it, images first."""
+    stacked = lambda first, layers: jnp.moveaxis(jnp.concatenate([first[None], layers]), 0, 1)
+    return PromptDetections(
+        stacked(found.proposals.class_logits, found.class_logits),
+        stacked(found.proposals.boxes, found.boxes),
+        jnp.broadcast_to(class_map, (found.boxes.shape[1], *class_map.shape)),
+    )
+
+
+def corners_of(boxes: Float[Array, "*batch 4"]) -> Float[Array, "*batch 4"]:
+    """(x, y, width, height) of centres as (left, top, right, bottom), all in [0, 1], cut at the image's border."""
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
-    corners = jnp.concatenate([centre - half, centre + half], axis=-1)
-    return jnp.clip(corners, 0.0, 1.0) * jnp.array([size[1], size[0]] * 2, boxes.dtype)
+    return jnp.clip(jnp.concatenate([centre - half, centre + half], axis=-1), 0.0, 1.0)
+
+
+def jittered(key: PRNGKeyArray, corners: Float[Array, "*batch 4"], jitter: float) -> Float[Array, "*batch 4"]:
+    """Each side of a box moved by a normal deviate of ``jitter`` times the box's extent; cut at [0, 1]."""
+    extent = corners[..., 2:] - corners[..., :2]
+    noise = jnp.clip(jitter * jax.random.normal(key, corners.shape), -0.5, 0.5)  # so that no box turns over
+    return jnp.clip(corners + noise * jnp.concatenate([extent, extent], axis=-1), 0.0, 1.0)
 
 
 def nearest_size(size: tuple[int, int]) -> tuple[int, int]:

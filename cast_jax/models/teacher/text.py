@@ -7,6 +7,7 @@ with each (Grounding DINO's sub-sentence representation, Liu et al., 2023). All 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,12 +54,32 @@ class Prompts:
     class_map: Float[np.ndarray, "prompts classes tokens"]
 
 
+class WordTokenizer:
+    """Numbers words as it meets them: for small models that are trained from scratch on one list of classes."""
+
+    unk_token_id = 100
+    _FIRST = 1030  # beyond all special tokens
+
+    def __init__(self) -> None:
+        self._ids = {".": STOP, "?": QUESTION}
+
+    def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
+        del add_special_tokens  # there are none
+        words = re.findall(r"\w+|[.?]", text)
+        number = lambda word: self._ids.setdefault(word, self._FIRST + len(self._ids) - 2)
+        return {"input_ids": [number(word) for word in words]}
+
+
 def load_tokenizer(source: str) -> Any:
     """The tokenizer of ``bert-base-uncased``, from a folder with its ``vocab.txt`` or by its name on the hub.
+
+    "words" is the one that needs no file, :class:`WordTokenizer`; published weights do not know its numbers.
 
     Raises:
       UserError: it cannot be loaded, or has another vocabulary.
     """
+    if source == "words":
+        return WordTokenizer()
     from transformers import BertTokenizer  # seconds to import, and only needed here
 
     advice = "give a folder with the vocab.txt of bert-base-uncased, or that name where the hub can be reached"

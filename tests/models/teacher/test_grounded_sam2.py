@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from teacher_tiny import spec
+from teacher_tiny import SEGMENTER, spec
 from tiny import drawn
 
 from cast_jax.core.errors import UserError
@@ -18,7 +18,7 @@ from cast_jax.models.functional import Functional, count_parameters
 from cast_jax.models.registry import build_segmenter, segmenter_config
 from cast_jax.models.resize import resize
 from cast_jax.models.segmenter import Prediction, score_instances
-from cast_jax.models.teacher.grounded_sam2 import GroundedSam2, class_logits, corners_of
+from cast_jax.models.teacher.grounded_sam2 import GroundedSam2, class_logits, corners_of, jittered
 from cast_jax.models.teacher.grounding_dino import GroundingDino
 from cast_jax.models.teacher.sam2 import Sam2
 from cast_jax.models.teacher.text import load_tokenizer, make_prompts
@@ -117,7 +117,7 @@ def test_class_logits_are_the_probabilities():
 
 def test_corners_are_cut_at_the_border():
     boxes = jnp.array([[0.5, 0.5, 0.2, 0.4], [0.0, 1.0, 0.5, 0.5]])
-    np.testing.assert_allclose(corners_of(boxes, (100, 200)), [[80, 30, 120, 70], [0, 75, 50, 100]], atol=1e-4)
+    np.testing.assert_allclose(corners_of(boxes), [[0.4, 0.3, 0.6, 0.7], [0, 0.75, 0.25, 1]], atol=1e-6)
 
 
 def test_images_of_any_size_are_resized(folder, fused):
@@ -156,3 +156,39 @@ def test_the_papers_teacher_at_full_size(folder):
     assert count_parameters(model.abstract()) == 343_055_703 - 2 * 1536 + 216_924_865 + 256
     prediction = jax.eval_shape(model.apply, model.abstract(), jax.ShapeDtypeStruct((1, 1024, 2048, 3), jnp.float32))
     assert prediction.mask_logits.shape == (1, 100, 256, 256)
+
+
+def test_boxes_prompt_for_masks_of_their_own(folder, fused):
+    """What SAM 2 alone makes of them, in pixels of its image, in training."""
+    model, params, prediction = fused
+    assert prediction.prompted is None
+    boxes = np.array([[[0.1, 0.2, 0.6, 0.9], [0.3, 0.0, 1.0, 0.5]]], np.float32)
+    assert model.takes("boxes")
+    model = build_segmenter(spec(folder, box_jitter=0.0), CLASSES, SIZE)
+    run = lambda params: model.apply(params, IMAGES[:1], boxes=boxes, key=jax.random.key(0)).prompted
+    logits, iou = jax.jit(run)(params)
+    images = (IMAGES[:1] - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
+    segmenter = Functional(lambda rngs: Sam2(SEGMENTER, rngs=rngs))
+    pixels = boxes * np.array([96, 64, 96, 64], np.float32)
+    alone = jax.jit(functools.partial(segmenter.apply, train=True))(params["segmenter"], images, boxes=pixels)
+    np.testing.assert_allclose(logits, alone.logits[:, :, 0], atol=2e-4)
+    np.testing.assert_allclose(iou, alone.iou[:, :, 0], atol=1e-5)
+
+
+def test_jitter_keeps_boxes_boxes():
+    corners = jnp.array([[0.0, 0.2, 0.5, 0.6], [0.9, 0.9, 1.0, 1.0], [0, 0, 0, 0]])
+    moved = jax.vmap(lambda key: jittered(key, corners, 0.1))(jax.random.split(jax.random.key(0), 500))
+    assert np.all((moved >= 0) & (moved <= 1))
+    assert np.all(moved[..., 2:] >= moved[..., :2])
+    np.testing.assert_allclose(moved[:, 0, 1:].std(0), [0.04, 0.05, 0.04], rtol=0.15)
+    assert not np.asarray(moved[:, 2]).any()
+    np.testing.assert_array_equal(jittered(jax.random.key(0), corners, 0.0), corners)
+
+
+def test_the_tiny_teacher_needs_nothing():
+    """No file, no weights; only as many words as its table has."""
+    model = build_segmenter({"name": "grounded_sam2_tiny"}, CLASSES, SIZE)
+    assert count_parameters(model.abstract()) < 5e6
+    assert model.takes("boxes")
+    with pytest.raises(UserError, match=r"tokenizer 'words' has \d+ words, more than the model's table, 1032"):
+        build_segmenter({"name": "grounded_sam2_tiny", "detector": {"bert": {"vocab_size": 1032}}}, CLASSES, SIZE)

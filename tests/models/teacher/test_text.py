@@ -131,3 +131,19 @@ def test_bad_tokenizers(tmp_path, folder, monkeypatch):
         load_tokenizer(str(tmp_path))
     with pytest.raises(UserError, match="cannot be loaded"):
         load_tokenizer(str(tmp_path / "no" / "such" / "folder"))
+
+
+def test_words_need_no_vocabulary():
+    """Each name has its own numbers, the same for the same list; what the marks forbid stays forbidden."""
+    names = ("car", "traffic light", "light truck")
+    prompts = make_prompts(names, load_tokenizer("words"))
+    (row,) = prompts.tokens.ids
+    car, traffic, light, light_again, truck = (row[i] for i in (1, 3, 4, 6, 7))
+    assert row.tolist() == [101, car, 1012, traffic, light, 1012, light_again, truck, 1012, 102]
+    assert light == light_again
+    assert len({car, traffic, light, truck} - set(PHRASE_ENDS) - {0, 100}) == 4
+    np.testing.assert_array_equal(make_prompts(names, load_tokenizer("words")).tokens.ids, prompts.tokens.ids)
+    with pytest.raises(UserError, match="has a mark that ends a phrase"):
+        make_prompts(["st. bernard"], load_tokenizer("words"))
+    with pytest.raises(UserError, match="has no word that the detector knows"):
+        make_prompts(["&"], load_tokenizer("words"))
