@@ -45,7 +45,9 @@ def rematerialise(run: Callable[..., Any], block: nnx.Module, features: Any, *ke
     if not when:
         return run(block, features, *keys)
     graph, parameters = nnx.split(block)
-    return _run_again(lambda parameters, x: run(nnx.merge(graph, parameters), x, *keys), parameters, features)
+    # Keys are arguments too: what a function of its own gradient closes over is lost within a loop.
+    again = lambda parameters, given: run(nnx.merge(graph, parameters), given[0], *given[1])
+    return _run_again(again, parameters, (features, keys))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -118,7 +118,7 @@ def grounded_sam2_t() -> GroundedSam2Config:
 
 
 def _fused(detector: GroundingDinoConfig, segmenter: Sam2Config) -> GroundedSam2Config:
-    """Published networks, which compute their blocks again in the gradient: an update is to fit one GPU."""
+    """Published networks, image by image and their blocks computed again in the gradient: an update is to fit a GPU."""
     backbone, bert = (
         dataclasses.replace(detector.backbone, remat="blocks"),
         dataclasses.replace(detector.bert, remat=True),
@@ -127,6 +127,7 @@ def _fused(detector: GroundingDinoConfig, segmenter: Sam2Config) -> GroundedSam2
         dataclasses.replace(detector, backbone=backbone, bert=bert, remat=True),
         dataclasses.replace(segmenter, encoder=dataclasses.replace(segmenter.encoder, remat="blocks")),
         segmenter_size=(1024, 1024),
+        images_at_once=1,
     )
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from cast_jax.core.config import check_ranges
 from cast_jax.core.errors import UserError
+from cast_jax.core.sharding import batch_axes
 from cast_jax.models.dinov2 import IMAGE_MEAN, IMAGE_STD
 from cast_jax.models.resize import resize
 from cast_jax.models.segmenter import Prediction
@@ -68,6 +69,8 @@ class GroundedSam2Config:
         to the image's own. The detector was trained with shorter sides of 800, SAM 2 with 1024 x 1024.
       box_jitter: the boxes that prompt for masks in training are off by this, relative to their sides (standard
         deviation): as imprecise as detected ones.
+      images_at_once: how many images of a device are computed at a time in training, which bounds the memory: their
+        gradient computes them again. 0 for all together.
       tokenizer: a folder with the vocab.txt of bert-base-uncased, a name on the hub, or "words" (see
         ``text.load_tokenizer``).
       synonyms: phrases that stand for a class instead of its name, ``{"person": ["pedestrian", "person"]}``.
@@ -79,11 +82,14 @@ class GroundedSam2Config:
     detector_size: tuple[int, ...] = ()
     segmenter_size: tuple[int, ...] = ()
     box_jitter: float = 0.1
+    images_at_once: int = 0
     tokenizer: str = "bert-base-uncased"
     synonyms: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_ranges(self, num_queries=f"[1, {self.detector.num_queries}]", box_jitter="[0, 1]")
+        check_ranges(
+            self, num_queries=f"[1, {self.detector.num_queries}]", box_jitter="[0, 1]", images_at_once="[0, 65536]"
+        )
         for name in ("detector_size", "segmenter_size"):
             size = getattr(self, name)
             if size and (len(size) != 2 or any(side < STRIDE or side % STRIDE for side in size)):
@@ -140,6 +146,24 @@ class GroundedSam2(nnx.Module):
           boxes: (left, top, right, bottom) in [0, 1], jittered where ``rngs`` are given: prompts for further masks.
           rngs: switches training on.
         """
+        parts = 1 if rngs is None else _parts(len(images), self.config.images_at_once)
+        if rngs is None or parts == 1:
+            return self._predict(images, boxes, rngs)
+        # Every so many-th image, so that each device has its share of every part.
+        split = lambda values: jnp.swapaxes(values.reshape(-1, parts, *values.shape[1:]), 0, 1)
+        join = lambda values: jnp.swapaxes(values, 0, 1).reshape(-1, *values.shape[2:])
+        keys = jax.random.split(rngs.dropout(), parts)
+        run = lambda images, boxes, key: self._predict(images, boxes, nnx.Rngs(dropout=key))
+        given = *jax.tree.map(split, (images, boxes)), keys
+        return jax.tree.map(join, jax.lax.map(jax.checkpoint(lambda given: run(*given)), given))
+
+    def _predict(
+        self,
+        images: Float[Array, "batch height width 3"],
+        boxes: Float[Array, "batch instances 4"] | None,
+        rngs: nnx.Rngs | None,
+    ) -> GroundedPrediction:
+        """The call, for all images together."""
         size = (images.shape[1], images.shape[2])
         images = (images - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
         shown = lambda wanted: resize(images, wanted or nearest_size(size), antialias=True).astype(self.dtype)
@@ -195,6 +219,13 @@ def class_logits(scores: Float[Array, "*batch classes"]) -> Float[Array, "*batch
     """
     nothing = 1.0 - scores.sum(axis=-1, keepdims=True)
     return jnp.log(jnp.maximum(jnp.concatenate([scores, nothing], axis=-1), LEAST))
+
+
+def _parts(images: int, at_once: int) -> int:
+    """Into how many parts a batch is split so that each has at most ``at_once`` images of every device."""
+    devices = jax.sharding.get_abstract_mesh().size if batch_axes() else 1
+    own = max(images // devices, 1)
+    return next(parts for parts in range(1, own + 1) if own % parts == 0 and own // parts <= (at_once or own))
 
 
 def _of_prompt(found: Detections, class_map: Float[np.ndarray, "classes tokens"]) -> PromptDetections:

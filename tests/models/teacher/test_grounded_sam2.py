@@ -192,3 +192,26 @@ def test_the_tiny_teacher_needs_nothing():
     assert model.takes("boxes")
     with pytest.raises(UserError, match=r"tokenizer 'words' has \d+ words, more than the model's table, 1032"):
         build_segmenter({"name": "grounded_sam2_tiny", "detector": {"bert": {"vocab_size": 1032}}}, CLASSES, SIZE)
+
+
+def test_images_one_at_a_time(folder, fused):
+    """The same masks as all together; the gradient, through blocks that are computed again, can at least be lowered."""
+    _, params, _ = fused
+    boxes = np.array([[[0.1, 0.2, 0.6, 0.9]], [[0.3, 0.0, 1.0, 0.5]]], np.float32)
+    described = spec(folder, box_jitter=0.0)
+    for part, network in (("detector", "backbone"), ("segmenter", "encoder")):
+        described[part] |= {network: {**described[part][network], "remat": "blocks"}}
+    described["detector"] |= {"remat": True, "bert": {**described["detector"]["bert"], "remat": True}}
+
+    def run(at_once: int):
+        model = build_segmenter({**described, "images_at_once": at_once}, CLASSES, SIZE)
+
+        def results(params):
+            found = model.apply(params, IMAGES, boxes=boxes, key=jax.random.key(0))
+            return found.prompted[0], found.detections[0].boxes
+
+        return results
+
+    for together, apart in zip(*(jax.jit(run(at_once))(params) for at_once in (0, 1)), strict=True):
+        np.testing.assert_allclose(together, apart, atol=2e-4)
+    jax.jit(jax.grad(lambda params: sum(map(jnp.sum, run(1)(params))))).lower(params)
