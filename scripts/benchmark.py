@@ -248,6 +248,7 @@ def student_step(repeats: int) -> list[dict[str, Any]]:
                 row[f"{kind if anchors else 'torch'} {how} / jax"] = _median(update, repeats) / seconds
                 del update
         rows.append({key: float(f"{value:.3g}") if isinstance(value, float) else value for key, value in row.items()})
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)  # the whole takes many minutes
     columns = dict.fromkeys(key for row in rows for key in row)
     return [{column: row.get(column, "") for column in columns} for row in rows]
 
