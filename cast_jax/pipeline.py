@@ -26,7 +26,7 @@ from cast_jax.core.config import build, differences, to_json
 from cast_jax.core.errors import UserError
 from cast_jax.core.files import atomic_write, read_json, remove_temporaries, write_json
 from cast_jax.core.logging import environment
-from cast_jax.core.sharding import make_mesh, param_shardings, place
+from cast_jax.core.sharding import make_mesh, param_shardings, place, shard_batch
 from cast_jax.data.checks import check_sources
 from cast_jax.data.datasets import Datasets, open_datasets
 from cast_jax.data.pipeline import make_loader
@@ -203,7 +203,8 @@ class Pipeline:
                 name,
                 step.model,
             )
-        given, used = step.optimizer, self.config.train_config(name).optimizer
+        config = self.config.train_config(name)
+        given, used = step.optimizer, config.optimizer
         if used != given:
             logger.info(
                 "%s: learning rate %.3g for batches of %d images (%s scaling from %.3g for %d)",
@@ -218,10 +219,11 @@ class Pipeline:
         share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         batches = dataclasses.replace(self.config.loader_config(name), **share)
         labelled, unlabelled = (self._cached(part, batches.view) for part in (labelled, self._unlabelled(name)))
-        with Prefetcher(make_loader(labelled, unlabelled, batches)) as loader:
+        to_devices = functools.partial(shard_batch, mesh=self.mesh)
+        with Prefetcher(make_loader(labelled, unlabelled, batches), to_devices) as loader:
             train(
                 recipe,
-                config=self.config.train_config(name),
+                config=config,
                 folder=folder,
                 loader=loader,
                 frozen={},

@@ -43,6 +43,7 @@ def make_workdir(workdir: Path) -> None:
         with tempfile.NamedTemporaryFile(dir=workdir, prefix=".shared-", suffix=TEMPORARY) as probe:
             seen = (workdir / distributed.agreed(Path(probe.name).name)).exists()
             everywhere = all(distributed.gather(seen))
+        distributed.barrier()  # the first process goes on to clear what looks like these files
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be written to ({error.strerror}); name another folder") from error
     if not everywhere:

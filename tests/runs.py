@@ -38,9 +38,9 @@ class Runs:
         return found
 
     def log(self, name: str, number: int = 0) -> str:
-        """The end of what a process of the run wrote to the console."""
+        """What a process of the run wrote to the console."""
         path = self.folder / (f"{name}.{number}.log" if number else f"{name}.log")
-        return path.read_text()[-3000:]
+        return path.read_text()
 
     def __enter__(self) -> Runs:
         return self

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt8
 
@@ -69,6 +68,3 @@ def scale_positions(
 ) -> Float[Array, "points 2"]:
     """Carries positions of a (height, width) grid over to another grid of the same extent."""
     return positions * jnp.array([target[0] / source[0], target[1] / source[1]], positions.dtype)
-
-
-batched_bilinear_sample = jax.vmap(bilinear_sample)

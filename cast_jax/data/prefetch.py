@@ -8,9 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-import jax
-import numpy as np
-
 
 class StatefulIterator(Protocol):
     """An iterator whose place can be saved: a :class:`cast_jax.data.pipeline.Loader`, or grain's own."""
@@ -116,18 +113,3 @@ class Prefetcher(Iterator[Any]):
             self._room.release()
             self._thread.join()
             self._thread = None
-
-
-def device_batches(iterator: StatefulIterator, sharding: jax.sharding.Sharding, depth: int = 2) -> Prefetcher:
-    """Batches of this process as global device arrays, fetched and transferred while the step runs.
-
-    Args:
-      iterator: yields trees of NumPy arrays ``[batch, ...]``, this process's part of the batch.
-      sharding: of the leading axis; it must divide the batch.
-      depth: batches on the device ahead of the one in use; each costs device memory.
-    """
-
-    def place(batch: Any) -> Any:
-        return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch)
-
-    return Prefetcher(iterator, place, depth)

@@ -1,15 +1,13 @@
-"""Small pieces that several networks share: stochastic regularisers, layer scale, sine position encoding."""
+"""Small pieces that several networks share: stochastic regularisers, rematerialisation, layer scale."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -83,26 +81,3 @@ class LayerScale(nnx.Module):
 
     def __call__(self, values: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         return values * self.gamma[...].astype(self.dtype)
-
-
-def sine_position_encoding(
-    height: int, width: int, features: int, *, temperature: float = 10_000.0
-) -> Float[np.ndarray, "height width features"]:
-    """Mask2Former's ``PositionEmbeddingSine(normalize=True)`` of a map without padding, a float32 constant.
-
-    The first half of the channels encodes y, the second half x, each as interleaved sine and cosine of
-    ``2 pi (index + 1) / (size + 1e-6) / temperature^(2i / half)``.
-    """
-    if features % 4:
-        raise ValueError(f"features must be a multiple of 4 (sine and cosine of y and x), got {features}")
-    half = features // 2
-    wavelength = temperature ** (2 * (np.arange(half) // 2) / half)
-
-    def encode(size: int) -> np.ndarray:
-        angle = 2 * math.pi * np.arange(1, size + 1)[:, None] / (size + 1e-6) / wavelength
-        return np.stack([np.sin(angle[:, 0::2]), np.cos(angle[:, 1::2])], axis=-1).reshape(size, half)
-
-    shape = (height, width, half)
-    y = np.broadcast_to(encode(height)[:, None], shape)
-    x = np.broadcast_to(encode(width)[None], shape)
-    return np.concatenate([y, x], axis=-1).astype(np.float32)

@@ -11,7 +11,6 @@ import torch
 from cast_jax.core.annotations import pack_masks
 from cast_jax.core.geometry import (
     apply_affine,
-    batched_bilinear_sample,
     bilinear_sample,
     inside_box,
     mask_boxes,
@@ -42,12 +41,6 @@ def test_bilinear_sampling_is_grid_sample(size):
     gradient = jax.jit(jax.grad(lambda features: jnp.sum(bilinear_sample(features, positions) * weights)))(features)
     assert source.grad is not None
     np.testing.assert_allclose(gradient, source.grad, rtol=1e-4, atol=1e-5)
-
-
-def test_each_image_of_a_batch_has_its_own_positions():
-    features = jnp.arange(24.0).reshape(2, 3, 4, 1)
-    positions = jnp.array([[[0.5, 1.5]], [[2.5, 3.5]]])
-    assert batched_bilinear_sample(features, positions).ravel().tolist() == [1.0, 23.0]
 
 
 @pytest.mark.parametrize("width", [1, 7, 8, 9, 20])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from cast_jax.models.layers import LayerScale, drop_path, dropout, rematerialise, sine_position_encoding
+from cast_jax.models.layers import LayerScale, drop_path, dropout, rematerialise
 
 
 def test_dropout_keeps_the_mean_and_the_zeros_at_the_rate():
@@ -38,29 +36,6 @@ def test_layer_scale_multiplies_channels():
     scale.gamma[...] *= jnp.array([1.0, 2.0, 3.0])
     np.testing.assert_allclose(scale(jnp.ones((2, 3))), [[0.5, 1.0, 1.5]] * 2)
     assert LayerScale(3, init=1.0, dtype=jnp.bfloat16)(jnp.ones((2, 3), jnp.bfloat16)).dtype == jnp.bfloat16
-
-
-def test_sine_position_encoding_by_formula():
-    """Channel by channel from the definition: y before x, sine at even and cosine at odd channels."""
-    height, width, features = 3, 5, 8
-    encoding = sine_position_encoding(height, width, features)
-    assert encoding.shape == (height, width, features)
-    assert encoding.dtype == np.float32
-    for y in range(height):
-        for x in range(width):
-            for channel in range(features):
-                index, size, position = (y, height, channel) if channel < 4 else (x, width, channel - 4)
-                angle = 2 * math.pi * (index + 1) / (size + 1e-6) / 10_000 ** (2 * (position // 2) / 4)
-                expected = math.sin(angle) if position % 2 == 0 else math.cos(angle)
-                assert encoding[y, x, channel] == pytest.approx(expected, abs=1e-6)
-
-
-def test_sine_position_encoding_temperature_and_errors():
-    warm, cold = (sine_position_encoding(4, 4, 8, temperature=t) for t in (20.0, 10_000.0))
-    np.testing.assert_array_equal(warm[..., :2], cold[..., :2])  # the shortest wave has no temperature
-    assert np.abs(warm[..., 2:4] - cold[..., 2:4]).max() > 0.1
-    with pytest.raises(ValueError, match="multiple of 4"):
-        sine_position_encoding(4, 4, 6)
 
 
 def test_rematerialised_blocks_of_several_arrays():

@@ -1,0 +1,46 @@
+"""The losses of several views, computed together."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cast_jax.losses.detection import DetectionConfig
+from cast_jax.losses.set_criterion import CriterionConfig, Targets, set_criterion
+from cast_jax.models.segmenter import Prediction
+from cast_jax.recipes.criteria import Criteria, view_losses
+
+SIDE, CLASSES = 16, 2
+
+
+def view(seed: int, images: int) -> tuple[Prediction, Targets]:
+    """Two layers of logits for ``images`` images with three slots, the last of them empty."""
+    rng = np.random.default_rng(seed)
+    masks, classes = rng.normal(0, 3, (2, images, 4, SIDE, SIDE)), rng.normal(0, 1, (2, images, 4, CLASSES + 1))
+    prediction = Prediction(jnp.float32(masks[1]), jnp.float32(classes[1]), None, aux=((masks[0], classes[0]),))
+    targets = Targets(
+        masks=jnp.asarray(rng.random((images, 3, SIDE, SIDE)) < 0.3).at[:, 2].set(False),
+        labels=jnp.asarray(rng.integers(0, CLASSES, (images, 3))),
+        valid=jnp.asarray([[True, True, False]] * images),
+        weights=jnp.asarray(rng.uniform(0.5, 1.5, (images, 3)), jnp.float32),
+        ignore=jnp.asarray(rng.random((images, SIDE, SIDE)) < 0.1),
+    )
+    return prediction, targets
+
+
+@pytest.mark.parametrize("instances", [None, 5.0])
+def test_views_together_are_each_view_by_itself(instances):
+    """Also of unequal numbers of images, each view with points of its own key."""
+    config = CriterionConfig(num_points=40)
+    predictions, targets = zip(view(0, 2), view(1, 1), strict=True)
+    keys = list(jax.random.split(jax.random.key(3)))
+    criteria = Criteria(config, DetectionConfig())
+    together = jax.jit(lambda: view_losses(predictions, keys, targets, criteria, [instances] * 2))()
+    for (loss, terms), prediction, target, key in zip(together, predictions, targets, keys, strict=True):
+        layers = (*prediction.aux, (prediction.mask_logits, prediction.class_logits))
+        alone, others = set_criterion(key, layers, target, config, instances)
+        np.testing.assert_allclose(loss, alone, rtol=1e-5)
+        jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-5), terms, others)
+    assert together[0][0] != together[1][0]
