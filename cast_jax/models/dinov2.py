@@ -15,7 +15,7 @@ from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.models.attention import attend
 from cast_jax.models.convolution import PatchEmbedding
-from cast_jax.models.layers import REMAT, LayerScale, drop_path, dropout, rematerialise
+from cast_jax.models.layers import REMAT, LayerNorm, LayerScale, drop_path, dropout, rematerialise
 from cast_jax.models.resize import apply_matrices, interpolation_matrix
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -149,10 +149,10 @@ class Block(nnx.Module):
     def __init__(self, config: DinoV2Config, *, dtype, param_dtype, rngs: nnx.Rngs):
         options = {"dtype": dtype, "param_dtype": param_dtype}
         scale = {"init": config.layer_scale, **options}
-        self.norm1 = nnx.LayerNorm(config.embed_dim, epsilon=1e-6, **options, rngs=rngs)
+        self.norm1 = LayerNorm(config.embed_dim, epsilon=1e-6, **options, rngs=rngs)
         self.attention = Attention(config, **options, rngs=rngs)
         self.layer_scale1 = LayerScale(config.embed_dim, **scale)
-        self.norm2 = nnx.LayerNorm(config.embed_dim, epsilon=1e-6, **options, rngs=rngs)
+        self.norm2 = LayerNorm(config.embed_dim, epsilon=1e-6, **options, rngs=rngs)
         self.mlp = (Mlp if config.ffn == "mlp" else SwiGlu)(config, **options, rngs=rngs)
         self.layer_scale2 = LayerScale(config.embed_dim, **scale)
         self.dropout, self.drop_path, self.remat = config.dropout, config.drop_path, config.remat
@@ -187,7 +187,7 @@ class DinoV2(nnx.Module):
             self.register_tokens = embedding(config.num_register_tokens)
         self.position_embedding = embedding(1 + config.position_grid**2)
         self.blocks = nnx.List([Block(config, **options, rngs=rngs) for _ in range(config.depth)])
-        self.norm = nnx.LayerNorm(config.embed_dim, epsilon=1e-6, **options, rngs=rngs)
+        self.norm = LayerNorm(config.embed_dim, epsilon=1e-6, **options, rngs=rngs)
 
     def __call__(
         self, images: Float[Array, "batch height width 3"], *, layers: Sequence[int], rngs: nnx.Rngs | None = None

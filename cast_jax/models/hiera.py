@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.models.attention import attend
-from cast_jax.models.layers import REMAT, drop_path, rematerialise
+from cast_jax.models.layers import REMAT, LayerNorm, drop_path, rematerialise
 from cast_jax.models.resize import resize
 from cast_jax.models.windows import attend_within, from_windows, to_windows
 
@@ -144,10 +144,10 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         options = {"dtype": dtype, "rngs": rngs}
-        self.norm1 = nnx.LayerNorm(in_features, epsilon=EPSILON, **options)
+        self.norm1 = LayerNorm(in_features, epsilon=EPSILON, **options)
         self.query, self.key, self.value = (nnx.Linear(in_features, features, **options) for _ in range(3))
         self.out = nnx.Linear(features, features, **options)
-        self.norm2 = nnx.LayerNorm(features, epsilon=EPSILON, **options)
+        self.norm2 = LayerNorm(features, epsilon=EPSILON, **options)
         self.fc1 = nnx.Linear(features, MLP_RATIO * features, **options)
         self.fc2 = nnx.Linear(MLP_RATIO * features, features, **options)
         if halves:

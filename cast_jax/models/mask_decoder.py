@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float
 from cast_jax.core.config import check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.core.geometry import bilinear_sample, pixel_centres
+from cast_jax.models.layers import LayerNorm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: MaskDecoderConfig, *, dtype, rngs: nnx.Rngs):
         dim = config.hidden_dim
-        norm = lambda: nnx.LayerNorm(dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        norm = lambda: LayerNorm(dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
         linear = lambda i, o: nnx.Linear(i, o, dtype=dtype, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
         self.cross = Attention(dim, config.num_heads, dtype=dtype, rngs=rngs)
         self.self_attention = Attention(dim, config.num_heads, dtype=dtype, rngs=rngs)
@@ -136,7 +137,7 @@ class MaskDecoder(nnx.Module):
         self.query_content = nnx.Param(jax.random.normal(rngs.params(), (num_free, dim)))
         self.query_positions = nnx.Param(jax.random.normal(rngs.params(), (num_free, dim)))
         self.layers = nnx.List([DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
-        self.norm = nnx.LayerNorm(dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.class_head = linear(dim, num_classes + 1)
         self.mask_head = MLP(dim, config.mask_dim, dtype=dtype, rngs=rngs)
         if config.query_stride:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.models.convolution import PatchEmbedding
-from cast_jax.models.layers import REMAT, drop_path, rematerialise
+from cast_jax.models.layers import REMAT, LayerNorm, drop_path, rematerialise
 from cast_jax.models.windows import attend_within, from_windows, to_windows
 
 PATCH = 4  # pixels along a side of what the first stage calls a position
@@ -170,9 +170,9 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         options = {"dtype": dtype, "rngs": rngs}
-        self.norm1 = nnx.LayerNorm(features, epsilon=EPSILON, **options)
+        self.norm1 = LayerNorm(features, epsilon=EPSILON, **options)
         self.attention = WindowAttention(features, num_heads, window, **options)
-        self.norm2 = nnx.LayerNorm(features, epsilon=EPSILON, **options)
+        self.norm2 = LayerNorm(features, epsilon=EPSILON, **options)
         self.fc1 = nnx.Linear(features, MLP_RATIO * features, **options)
         self.fc2 = nnx.Linear(MLP_RATIO * features, features, **options)
         self.window, self.shift, self.drop_path, self.remat = window, shift, drop_path, remat
@@ -205,7 +205,7 @@ class PatchMerging(nnx.Module):
     """Halves a map: the four positions of each 2 x 2 patch, column by column, become two times as many channels."""
 
     def __init__(self, features: int, *, dtype, rngs: nnx.Rngs):
-        self.norm = nnx.LayerNorm(4 * features, epsilon=EPSILON, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(4 * features, epsilon=EPSILON, dtype=dtype, rngs=rngs)
         self.reduction = nnx.Linear(4 * features, 2 * features, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -223,7 +223,7 @@ class Swin(nnx.Module):
         self.config = config
         options = {"dtype": dtype, "rngs": rngs}
         self.patch_embedding = PatchEmbedding(3, config.embed_dim, PATCH, **options)
-        self.embedding_norm = nnx.LayerNorm(config.embed_dim, epsilon=EPSILON, **options)
+        self.embedding_norm = LayerNorm(config.embed_dim, epsilon=EPSILON, **options)
         rates = iter(np.linspace(0.0, config.drop_path, sum(config.depths)).tolist())
         stages, norms = [], []
         for stage, (width, depth) in enumerate(zip(config.map_widths, config.depths, strict=True)):
@@ -232,7 +232,7 @@ class Swin(nnx.Module):
             blocks = [Block(width, heads, window, shift, next(rates), config.remat, **options) for shift in shifts]
             stages.append(nnx.List(blocks))
             learned = stage in config.learned_norms
-            norms.append(nnx.LayerNorm(width, epsilon=EPSILON, use_scale=learned, use_bias=learned, **options))
+            norms.append(LayerNorm(width, epsilon=EPSILON, use_scale=learned, use_bias=learned, **options))
         self.stages, self.output_norms = nnx.List(stages), nnx.List(norms)
         self.merging = nnx.List([PatchMerging(width, **options) for width in config.map_widths[:-1]])
 

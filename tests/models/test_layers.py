@@ -1,4 +1,4 @@
-"""Dropout, drop path, layer scale and the sine position encoding."""
+"""Dropout, drop path, layer norm, layer scale and rematerialisation."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 
-from cast_jax.models.layers import LayerScale, drop_path, dropout, rematerialise
+from cast_jax.models.layers import LayerNorm, LayerScale, drop_path, dropout, rematerialise
 
 
 def test_dropout_keeps_the_mean_and_the_zeros_at_the_rate():
@@ -36,6 +37,36 @@ def test_layer_scale_multiplies_channels():
     scale.gamma[...] *= jnp.array([1.0, 2.0, 3.0])
     np.testing.assert_allclose(scale(jnp.ones((2, 3))), [[0.5, 1.0, 1.5]] * 2)
     assert LayerScale(3, init=1.0, dtype=jnp.bfloat16)(jnp.ones((2, 3), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+def test_layer_norm_is_torchs(backend, monkeypatch):
+    """Values and gradients, of rows far from zero too."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    rng = np.random.default_rng(0)
+    values = (3 * rng.normal(size=(2, 5, 24)) + 20 * rng.normal(size=(2, 5, 1))).astype(np.float32)
+    scale, bias, weights = (rng.normal(size=shape).astype(np.float32) for shape in ((24,), (24,), values.shape))
+    norm = LayerNorm(24, epsilon=1e-5, rngs=nnx.Rngs(0))
+    graph, _ = nnx.split(norm)
+
+    def ours(values, scale, bias):
+        return nnx.merge(graph, nnx.State({"scale": nnx.Param(scale), "bias": nnx.Param(bias)}))(values)
+
+    result, pull = jax.vjp(ours, values, scale, bias)
+    inputs = [torch.from_numpy(array).requires_grad_() for array in (values, scale, bias)]
+    expected = torch.nn.functional.layer_norm(inputs[0], (24,), *inputs[1:], eps=1e-5)
+    np.testing.assert_allclose(result, expected.detach(), atol=1e-5)
+    expected = torch.autograd.grad(expected, inputs, torch.from_numpy(weights))
+    for mine, other in zip(pull(jnp.asarray(weights)), expected, strict=True):
+        np.testing.assert_allclose(mine, other, atol=2e-5)
+
+
+def test_layer_norm_keeps_half_precision():
+    norm = LayerNorm(8, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    values = jax.random.normal(jax.random.key(0), (3, 8), jnp.bfloat16)
+    assert norm(values).dtype == jnp.bfloat16
+    exact = LayerNorm(8, rngs=nnx.Rngs(0))(values.astype(jnp.float32))
+    np.testing.assert_allclose(norm(values).astype(jnp.float32), exact, atol=2e-2)
 
 
 def test_rematerialised_blocks_of_several_arrays():

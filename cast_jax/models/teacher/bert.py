@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from cast_jax.core.config import check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.models.attention import attend
-from cast_jax.models.layers import rematerialise
+from cast_jax.models.layers import LayerNorm, rematerialise
 
 EPSILON = 1e-12  # of every layer normalisation
 
@@ -49,7 +49,7 @@ class Block(nnx.Module):
     def __init__(self, config: BertConfig, *, dtype, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
         linear = lambda i, o: nnx.Linear(i, o, dtype=dtype, kernel_init=init, rngs=rngs)
-        norm = lambda: nnx.LayerNorm(config.hidden_dim, epsilon=EPSILON, dtype=dtype, rngs=rngs)
+        norm = lambda: LayerNorm(config.hidden_dim, epsilon=EPSILON, dtype=dtype, rngs=rngs)
         self.query, self.key, self.value, self.out = (linear(config.hidden_dim, config.hidden_dim) for _ in range(4))
         self.attention_norm, self.output_norm = norm(), norm()
         self.fc1, self.fc2 = linear(config.hidden_dim, config.ffn_dim), linear(config.ffn_dim, config.hidden_dim)
@@ -77,7 +77,7 @@ class Bert(nnx.Module):
         table = lambda rows: nnx.Embed(rows, config.hidden_dim, dtype=dtype, embedding_init=init, rngs=rngs)
         self.tokens, self.positions = table(config.vocab_size), table(config.max_positions)
         self.segments = table(2)  # of which prompts only use the first
-        self.embedding_norm = nnx.LayerNorm(config.hidden_dim, epsilon=EPSILON, dtype=dtype, rngs=rngs)
+        self.embedding_norm = LayerNorm(config.hidden_dim, epsilon=EPSILON, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List([Block(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
 
     def __call__(

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from cast_jax.models.attention import attend
+from cast_jax.models.layers import LayerNorm
 
 EPSILON = 1e-5  # of every normalisation
 MASKED_LOGIT = -1e4  # the class logit of a padding token: probability zero, and finite for the losses
@@ -28,9 +29,9 @@ def logit(probability: Float[Array, "*shape"], epsilon: float = EPSILON) -> Floa
     return jnp.log(probability / (1 - probability))
 
 
-def layer_norm(features: int, *, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(features: int, *, dtype, rngs: nnx.Rngs) -> LayerNorm:
     """A layer normalisation with the detector's epsilon."""
-    return nnx.LayerNorm(features, epsilon=EPSILON, dtype=dtype, rngs=rngs)
+    return LayerNorm(features, epsilon=EPSILON, dtype=dtype, rngs=rngs)
 
 
 class Attention(nnx.Module):

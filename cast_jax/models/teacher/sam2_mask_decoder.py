@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from cast_jax.core.config import check_ranges
 from cast_jax.models.convolution import PatchExpansion
+from cast_jax.models.layers import LayerNorm
 from cast_jax.models.windows import attend_within
 
 EPSILON = 1e-5  # of the two-way transformer's layer normalisations
@@ -109,7 +110,7 @@ class TwoWayLayer(nnx.Module):
         self.tokens_to_image = Attention(features, inner, config.num_heads, **options)
         self.mlp = Mlp(features, config.ffn_dim, features, **options)
         self.image_to_tokens = Attention(features, inner, config.num_heads, **options)
-        norms = (nnx.LayerNorm(features, epsilon=EPSILON, **options) for _ in range(4))
+        norms = (LayerNorm(features, epsilon=EPSILON, **options) for _ in range(4))
         self.norm1, self.norm2, self.norm3, self.norm4 = norms
         self.first = first
 
@@ -136,7 +137,7 @@ class Transformer(nnx.Module):
         self.layers = nnx.List([TwoWayLayer(features, config, layer == 0, **options) for layer in layers])
         inner = features // config.downsample
         self.tokens_to_image = Attention(features, inner, config.num_heads, **options)
-        self.norm = nnx.LayerNorm(features, epsilon=EPSILON, **options)
+        self.norm = LayerNorm(features, epsilon=EPSILON, **options)
 
     def __call__(
         self,
@@ -163,7 +164,7 @@ class Sam2MaskDecoder(nnx.Module):
         self.project4 = nnx.Linear(features, features // 8, **options)
         self.project8 = nnx.Linear(features, features // 4, **options)
         self.expand8 = PatchExpansion(features, features // 4, 2, **options)
-        self.norm8 = nnx.LayerNorm(features // 4, epsilon=UPSCALE_EPSILON, **options)
+        self.norm8 = LayerNorm(features // 4, epsilon=UPSCALE_EPSILON, **options)
         self.expand4 = PatchExpansion(features // 4, features // 8, 2, **options)
         heads = [Mlp(features, features, features, features // 8, **options) for _ in range(masks)]
         self.mask_heads = nnx.List(heads)

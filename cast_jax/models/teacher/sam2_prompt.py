@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from cast_jax.core.geometry import pixel_centres
 from cast_jax.models.convolution import PatchEmbedding
+from cast_jax.models.layers import LayerNorm
 
 # Labels of points. 0 to 3, the rows of the table of kinds: background, object, a box's first corner, its last.
 NOT_A_POINT = -1  # no point, and said so
@@ -23,7 +24,7 @@ class MaskEmbedding(nnx.Module):
     def __init__(self, hidden: int, features: int, *, dtype, rngs: nnx.Rngs):
         options = {"dtype": dtype, "rngs": rngs}
         # Of four channels that nearly agree, the fast variance is rounding errors alone.
-        norm = lambda width: nnx.LayerNorm(width, epsilon=EPSILON, use_fast_variance=False, **options)
+        norm = lambda width: LayerNorm(width, epsilon=EPSILON, **options)
         self.conv1, self.norm1 = PatchEmbedding(1, hidden // 4, 2, **options), norm(hidden // 4)
         self.conv2, self.norm2 = PatchEmbedding(hidden // 4, hidden, 2, **options), norm(hidden)
         self.project = nnx.Linear(hidden, features, **options)
