@@ -1,0 +1,113 @@
+"""A whole update of the student against PyTorch."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from benchmarks import torch_step
+from benchmarks.timing import median
+from benchmarks.torch_contrastive import blocked, literal
+
+from cast_jax.contrastive.config import ContrastiveConfig
+from cast_jax.core.compiled import memory_bytes
+from cast_jax.core.flops import matrix_flops
+from cast_jax.core.sharding import shard_batch
+from cast_jax.core.step import TrainStep
+from cast_jax.models.functional import Functional
+from cast_jax.models.registry import build_segmenter, segmenter_config
+from cast_jax.models.student import ProjectionHead, StudentConfig
+from cast_jax.recipes.semi_supervised import ObjectiveConfig, SemiSupervised
+from cast_jax.trainer import TrainConfig, make_step
+
+
+def student_step(repeats: int) -> list[dict[str, Any]]:
+    """An update of ``student_s`` from labels, pseudo-labels and contrast (K = 256), and of labels alone, with AdamW.
+
+    On a CPU one labelled and one pseudo-labelled image of 252 x 504, in float32; elsewhere four and four of 518 x 1036
+    in bfloat16. Two views of each, 20 instances; against PyTorch's (``torch_step.py``) in eager mode, on a GPU also
+    compiled. Ratios are to PyTorch's time for the same row, by its literal and by its blocked contrastive loss.
+    """
+    size, images, classes = ((252, 504), 1, 8) if jax.default_backend() == "cpu" else ((518, 1036), 4, 8)
+    spec = {"name": "student_s", "encoder": {"remat": "none"}}
+    config = segmenter_config(spec)
+    assert isinstance(config, StudentConfig)
+    groups = {
+        name: _group(jax.random.key(i), images, size, 20, classes) for i, name in enumerate(("labelled", "unlabelled"))
+    }
+    rows = []
+    for name, parts, anchors in (
+        ("refine", ("labelled",), 0),
+        ("distill, no contrast", ("labelled", "unlabelled"), 0),
+        ("distill, 1,024 anchors", ("labelled", "unlabelled"), 1_024),
+        ("distill, 4,096 anchors", ("labelled", "unlabelled"), 4_096),
+    ):
+        batch = {part: groups[part] for part in parts}
+        seconds, step, compiling = _our_update(spec, size, classes, batch, anchors, repeats)
+        row = {"update": name, "jax s": seconds, "images/s": len(parts) * images / seconds, "compiling s": compiling}
+        row["TFLOP"] = sum(matrix_flops(step.traced.jaxpr.jaxpr).values()) / 1e12
+        row["GiB (jax)"] = (memory_bytes(step.program) or 0) / 2**30
+        theirs = [torch_step.views(group) for group in batch.values()]
+        for kind, version in (("literal", literal), ("blocked", blocked)):
+            contrast = torch_step.Contrast(version, anchors) if anchors else None
+            if contrast is None and kind == "blocked":
+                continue
+            for how in ("eager", "compiled") if torch_step.DEVICE == "cuda" else ("eager",):
+                update = torch_step.Update(config, classes, theirs, contrast, compiled=how == "compiled")
+                row[f"{kind if anchors else 'torch'} {how} / jax"] = median(update, repeats) / seconds
+                del update
+        rows.append({key: float(f"{value:.3g}") if isinstance(value, float) else value for key, value in row.items()})
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)  # the whole takes many minutes
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return [{column: row.get(column, "") for column in columns} for row in rows]
+
+
+def _our_update(
+    spec: dict[str, Any], size: tuple[int, int], classes: int, batch: dict[str, Any], anchors: int, repeats: int
+) -> tuple[float, TrainStep, float]:
+    """Median seconds of an update, the step, and the seconds it took to compile."""
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    segmenter = build_segmenter(spec, [str(n) for n in range(classes)], size, dtype=dtype)
+    projection = Functional(lambda rngs: ProjectionHead(segmenter_config(spec).feature_dim, 128, rngs=rngs))
+    objective = ObjectiveConfig(
+        pseudo_label_weight=float("unlabelled" in batch),
+        contrastive_weight=0.2 if anchors else 0.0,
+        contrastive=ContrastiveConfig(num_anchors=anchors or None),
+    )
+    step = make_step(SemiSupervised(segmenter, projection, objective), TrainConfig(steps=1_000))
+    state, batch = step.initial_state(), shard_batch(batch, step.mesh)
+    begin = time.perf_counter()
+    step.compile("student", state, {}, batch)
+    compiling = time.perf_counter() - begin
+
+    def update() -> None:
+        nonlocal state
+        state, _, finite = step(state, {}, batch)
+        jax.block_until_ready(finite)
+
+    return median(update, repeats), step, compiling
+
+
+def _group(key: jax.Array, count: int, size: tuple[int, int], instances: int, classes: int) -> dict[str, Any]:
+    """Random views of the loader's shapes."""
+    height, width = size
+    keys = jax.random.split(key, 4)
+    view = {
+        "image": jax.random.randint(keys[0], (count, height, width, 3), 0, 256, jnp.uint8),
+        "valid_box": jnp.tile(jnp.array([0.0, 0.0, height, width]), (count, 1)),
+        "masks": jax.random.randint(keys[1], (count, instances, height, width // 8), 0, 256, jnp.uint8),
+        "labels": jax.random.randint(keys[2], (count, instances), 0, classes),
+        "instance_valid": jax.random.bernoulli(keys[3], 0.5, (count, instances)),
+        "scores": jnp.ones((count, instances)),
+        "ignore": jnp.zeros((count, height, width // 8), jnp.uint8),
+    }
+    return {
+        "weak": view,
+        "strong": view,
+        "strong_to_weak": jnp.tile(jnp.eye(2, 3), (count, 1, 1)),
+        "instances_cut": jnp.zeros(count, jnp.int32),
+    }
