@@ -45,7 +45,7 @@ def choose_entries(
     valid: Bool[Array, "batch pixels"],
 ) -> Entries:
     """``config.bank_new`` random valid pixels of the whole batch, without gradient; all of them if there are fewer."""
-    z, g = (jax.lax.stop_gradient(array).reshape(-1, array.shape[-1]) for array in (z, g))
+    z, g = (jax.lax.stop_gradient(array).reshape(valid.size, array.shape[-1]) for array in (z, g))
     usable = valid.reshape(-1) & jnp.all(jnp.isfinite(g), axis=-1)
     rank = jnp.where(usable, jax.random.uniform(key, usable.shape), -1.0)
     chosen = jax.lax.top_k(rank, min(config.bank_new, len(rank)))[1]

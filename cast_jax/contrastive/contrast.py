@@ -46,6 +46,7 @@ class CandidatePixels(NamedTuple):
     """What the sampler and the diagnostics know of the candidates."""
 
     g_hat: Float[Array, "images pixels dim"]
+    """Zero where a pixel is not valid; else fewer proposals would be accepted."""
     valid: Bool[Array, "images pixels"]
     regions: Int[Array, "images pixels"]
     position: Int[Array, "images pixels"]
@@ -55,7 +56,7 @@ class CandidatePixels(NamedTuple):
 class Known(NamedTuple):
     """What is known of candidates: of those on this device, or of those that stand in a pool."""
 
-    offsets: Float[Array, "*places dim"]
+    g_hat: Float[Array, "*places dim"]
     z: Float[Array, "*places embedding"]
     regions: Int[Array, "*places"]
     position: Int[Array, "*places"]
@@ -240,6 +241,11 @@ def _make_pools(
     return Pools(drawn, peers.sum(mine), total_of(proposals.images))
 
 
+def _flatten(array):
+    """The first two axes as one; of a uniform map's vectors, which have no channels, too."""
+    return array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])
+
+
 def _one(tree, which):
     return jax.tree.map(lambda array: array[which], tree)
 
@@ -267,7 +273,7 @@ def _propose(config, key, number, anchors: Anchors, pools: Pools, centre, known:
         jax.random.fold_in(key, number),
         anchors.g_hat - centre,
         anchors.own,
-        pool.offsets,
+        pool.g_hat - centre,
         pool.position,
         pools.masses,
         score=config.sampling_score,
@@ -324,14 +330,18 @@ def _for_flagged_rows(peers: Peers, flagged: Bool[Array, "anchors"], body, state
         rows = order[jnp.minimum(position, order.shape[0] - 1)]
         return block + 1, body(rows, position < count, state)
 
-    return jax.lax.while_loop(lambda carry: carry[0] * _ROWS < most, step, (jnp.zeros((), jnp.int32), state))[1]
+    def loop(state):
+        return jax.lax.while_loop(lambda carry: carry[0] * _ROWS < most, step, (jnp.zeros((), jnp.int32), state))[1]
+
+    # Compilers take what does not change out of a loop, and here that is a pass over all candidates.
+    return jax.lax.cond(most > 0, loop, lambda state: state, state)
 
 
 def _draw_rows(config, peers: Peers, key, anchors: Anchors, rows, candidates: CandidateMap, pixels: CandidatePixels):
     """The negatives of all peers' ``rows`` (of the flattened anchors), and which of the rows have any."""
     per_image = anchors.own.shape[1]
     numbers = anchors.image[rows // per_image] * per_image + rows % per_image
-    g_hat, own = (array.reshape(-1, *array.shape[2:])[rows] for array in (anchors.g_hat, anchors.own))
+    g_hat, own = (_flatten(array)[rows] for array in (anchors.g_hat, anchors.own))
     g_hat, own, numbers = peers.gather((g_hat, own, numbers))
     return draw_rows(
         "categorical" if config.sampler == "categorical" else "inverse_cdf",
@@ -349,8 +359,8 @@ def _draw_rows(config, peers: Peers, key, anchors: Anchors, rows, candidates: Ca
 def _contrast_short(config, peers, key, z, anchors, candidates, pixels, flagged, state):
     """Serves the flagged anchors from all their candidates. ``state``: sums, and gradients of the embeddings ``z``."""
     z_anchors, z_positives, z_candidates = z
-    flat = jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), anchors._replace(image=anchors.own))
-    z_a, z_p = (array.reshape(-1, array.shape[-1]) for array in (z_anchors, z_positives))
+    flat = jax.tree.map(_flatten, anchors._replace(image=anchors.own))
+    z_a, z_p = _flatten(z_anchors), _flatten(z_positives)
 
     def serve(rows, real, state):
         sums, d_anchors, d_positives, d_candidates = state
@@ -376,15 +386,14 @@ def _contrast_set(config, peers, num_images, key, z_anchors, z_positives, z_cand
     d_anchors, d_positives, d_candidates = (jnp.zeros_like(_wide(z)) for z in (z_anchors, z_positives, z_candidates))
     if config.sampler == "mixture_proposals":
         number = min(num_images * number_of_groups(config, anchors.own.shape[1]), config.max_pools)
-        known = Known(candidates.offsets, z_candidates, pixels.regions, pixels.position)
+        known = Known(pixels.g_hat, z_candidates, pixels.regions, pixels.position)
         pools = _make_pools(config, peers, pool_key, number, candidates, known)
         sums, (d_anchors, d_positives, d_candidates), flagged = _contrast_groups(
             config, coin_key, z_anchors, z_positives, anchors, pools, candidates.centre, known
         )
         if pools.exchanged is not None:
             d_candidates = _add_at(jnp.zeros_like(_wide(z_candidates)), pools.drawn, peers.sum(d_candidates))
-    flat = lambda array: array.reshape(-1, array.shape[-1])
-    state = (sums, flat(d_anchors), flat(d_positives), d_candidates)
+    state = (sums, _flatten(d_anchors), _flatten(d_positives), d_candidates)
     sums, d_anchors, d_positives, d_candidates = _contrast_short(
         config, peers, row_key, (z_anchors, z_positives, z_candidates), anchors, candidates, pixels, flagged, state
     )
@@ -456,7 +465,7 @@ def draw_negatives(
     if config.sampler == "mixture_proposals":
         number = min(peers.count * images * number_of_groups(config, per_image), config.max_pools)
         nothing = jnp.zeros((*pixels.valid.shape, 0))
-        known = Known(candidates.offsets, nothing, pixels.regions, pixels.position)
+        known = Known(pixels.g_hat, nothing, pixels.regions, pixels.position)
         pools = _make_pools(config, peers, pool_key, number, candidates, known)
 
         def propose(group):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 MAPS = ("fusion", "mask", "class", "uniform")
 
@@ -45,7 +45,21 @@ def pseudo_probability(
 
 def normalise(vectors: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
     """Divides by the L2 norm, in float32; a zero vector stays zero and has a finite gradient."""
+    vectors, squared_norm = _with_squared_norm(vectors)
+    return vectors * jax.lax.rsqrt(jnp.maximum(squared_norm, 1e-24))
+
+
+def normalise_finite(
+    vectors: Float[Array, "*batch dim"], wanted: Bool[Array, "*batch"]
+) -> tuple[Float[Array, "*batch dim"], Bool[Array, "*batch"]]:
+    """:func:`normalise` where ``wanted``, zeros elsewhere; and which vectors, with their squared norm, are finite."""
+    vectors, squared_norm = _with_squared_norm(vectors)
+    finite = jnp.isfinite(squared_norm)
+    unit = vectors * jax.lax.rsqrt(jnp.maximum(squared_norm, 1e-24))
+    return jnp.where(wanted[..., None] & finite, unit, 0.0), finite[..., 0]
+
+
+def _with_squared_norm(vectors: Float[Array, "*batch dim"]) -> tuple[Array, Array]:
     vectors = jnp.asarray(vectors)
     vectors = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
-    squared_norm = jnp.sum(jnp.square(vectors), axis=-1, keepdims=True)
-    return vectors * jax.lax.rsqrt(jnp.maximum(squared_norm, 1e-24))
+    return vectors, jnp.sum(jnp.square(vectors), axis=-1, keepdims=True)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from cast_jax.contrastive.bank import Bank
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.contrastive.contrast import Anchors, CandidatePixels, Sums, contrast
-from cast_jax.contrastive.fused_map import normalise
+from cast_jax.contrastive.fused_map import normalise_finite
 from cast_jax.contrastive.peers import ALONE, Peers
 
 _ELSEWHERE = jnp.iinfo(jnp.int32).max  # the region of a bank's pixels: no anchor's
@@ -101,8 +101,7 @@ def contrastive_loss(
         raise ValueError(f"scope {config.scope!r} {'has no' if bank is not None else 'needs a'} bank")
     _check_finite(z_weak=z_weak, z_strong=z_strong, g=g)
     g = jax.lax.stop_gradient(g)
-    finite = jnp.all(jnp.isfinite(g), axis=-1)
-    g_hat = normalise(jnp.where(finite[..., None], g, 0.0))
+    g_hat, finite = normalise_finite(g, valid)
     usable = valid & finite
     regions = jnp.full(valid.shape, -1, jnp.int32) if instance_ids is None else unique_regions(instance_ids, peers)
     on_instance = jnp.zeros(valid.shape, bool) if instance_ids is None else instance_ids > 0

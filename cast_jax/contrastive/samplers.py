@@ -69,7 +69,7 @@ def draw_rows(
         The draws, [rows, K], and whether the row has any candidate of positive score to draw.
     """
     images, pixels = positions.shape
-    flat = candidates.offsets.reshape(images * pixels, -1)
+    flat = candidates.g_hat.reshape(images * pixels, -1) - candidates.centre
     weights = debias_score(score, anchors - candidates.centre, flat).reshape(-1, images, pixels)
     allowed = candidates.valid & (positions != own[:, None, None])
     weights = jnp.where(allowed, weights, 0.0)
@@ -114,7 +114,7 @@ class Proposals(NamedTuple):
 def prepare_proposals(candidates: CandidateMap, score: str, peers: Peers = ALONE) -> Proposals:
     """Prepares the proposals of one set of candidates, to be used by every pool."""
     images, pixels = candidates.valid.shape
-    weights = spread(candidates.offsets).reshape(-1)
+    weights = spread(candidates.g_hat - candidates.centre).reshape(-1)
     factors = envelope(score, jnp.zeros((1,), weights.dtype), weights).candidate_factors
     factors = factors.reshape(-1, images, pixels)
     cumulative = cumulate(jnp.where(candidates.valid, factors, 0.0))
@@ -182,7 +182,8 @@ def mixture_proposals(
     num_anchors, num_terms = anchors.shape[0], masses.shape[0]
     slots = pool.shape[0] // num_terms
     factors = envelope(score, spread(anchors), spread(pool))
-    bound = jnp.sum(factors.anchor_factors[:, :, None] * factors.candidate_factors[:, None, :], axis=0)
+    terms = zip(factors.anchor_factors, factors.candidate_factors, strict=True)
+    bound = sum(jnp.outer(of_anchors, of_candidates) for of_anchors, of_candidates in terms)
     ratio = debias_score(score, anchors, pool) / jnp.where(bound > 0, bound, jnp.inf)
     ratio = jnp.where(pool_positions[None, :] == own[:, None], 0.0, ratio).reshape(num_anchors, num_terms, slots)
 

@@ -9,6 +9,7 @@ import pytest
 from jax.test_util import check_grads
 from maps import make_map
 
+from cast_jax.contrastive.bank import choose_entries, empty_bank, push
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.contrastive.contrast import Anchors, CandidatePixels, draw_negatives
 from cast_jax.contrastive.loss import choose_anchors, contrastive_loss, unique_regions
@@ -53,7 +54,7 @@ def explicit(key, config, inputs):
     for of_anchors, of_keys in directions:
         for images in sets:
             pick = functools.partial(_of_images, images)
-            g_set, ok = g_hat[images], valid[images]
+            g_set, ok = g_hat[images] * valid[images][..., None], valid[images]
             unknown, own = np.zeros(ok.shape, np.int32), np.arange(ok.size, dtype=np.int32).reshape(ok.shape)
             anchors = Anchors(g_set, own, ok, unknown, ok, np.array(images, np.int32))
             drawn, drawable = _negatives(next(set_keys), config, anchors, CandidatePixels(g_set, ok, unknown, own))
@@ -299,3 +300,23 @@ def test_what_is_kept_for_the_gradient_does_not_grow_with_the_number_of_groups()
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         ContrastiveConfig(**options)
+
+
+@pytest.mark.parametrize("sampler", ["mixture_proposals", "inverse_cdf"])
+@pytest.mark.parametrize("scope", ["image", "batch", "bank"])
+def test_a_uniform_map_needs_no_channels(scope, sampler):
+    """As ``pseudo_probability(kind="uniform")`` makes it; the draws are those of any other map."""
+    config = ContrastiveConfig(num_negatives=K, map="uniform", scope=scope, sampler=sampler, bank_size=32, bank_new=20)
+    inputs = make_inputs()
+
+    def loss(dim):
+        given = inputs | {"g": inputs["g"][..., :dim]}
+        bank = None
+        if scope == "bank":
+            given_bank = {name: given[name] for name in ("g", "valid")} | {"z": given["z_strong"]}
+            entries = choose_entries(jax.random.key(1), config, **given_bank)
+            bank = push(empty_bank(config, EMBEDDING, dim), entries)
+        return _loss(jax.random.key(0), config, **given, bank=bank)[0]
+
+    assert np.isfinite(loss(0))
+    np.testing.assert_allclose(loss(0), loss(3), rtol=1e-6)

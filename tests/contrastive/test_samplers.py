@@ -60,9 +60,10 @@ def operands(g_hat: np.ndarray) -> tuple[Anchors, CandidatePixels]:
     of_anchors = jnp.asarray(ANCHORS, jnp.int32)[None]
     yes, unknown = jnp.ones(of_anchors.shape, bool), jnp.full(of_anchors.shape, -1)
     positions = jnp.arange(PIXELS).reshape(4, -1)
-    candidates = CandidatePixels(
-        jnp.asarray(g_hat).reshape(4, PIXELS // 4, -1), jnp.asarray(VALID).reshape(4, -1), -positions - 1, positions
-    )
+    by_image = [
+        jnp.asarray(array).reshape(4, PIXELS // 4, *array.shape[1:]) for array in (g_hat * VALID[:, None], VALID)
+    ]
+    candidates = CandidatePixels(*by_image, -positions - 1, positions)
     return Anchors(jnp.asarray(g_hat)[of_anchors], of_anchors, yes, unknown, yes, jnp.zeros(1, jnp.int32)), candidates
 
 

