@@ -27,7 +27,7 @@ from cast_jax.core.errors import UserError
 from cast_jax.core.files import atomic_write, read_json, remove_temporaries, write_json
 from cast_jax.core.logging import environment
 from cast_jax.core.sharding import make_mesh, param_shardings, place, shard_batch
-from cast_jax.data.checks import check_sources
+from cast_jax.data.checks import SeenImages, check_sources
 from cast_jax.data.datasets import Datasets, open_datasets
 from cast_jax.data.pipeline import make_loader
 from cast_jax.data.prefetch import Prefetcher
@@ -117,9 +117,12 @@ class Pipeline:
         data = self.config.data
         with distributed.first_alone():
             datasets = open_datasets(dataclasses.asdict(data), self.workdir)
-        report = check_sources(
-            datasets.labelled, datasets.unlabelled, datasets.val, data.max_instances, data.on_unreadable
-        )
+        seen, parts = SeenImages(self.workdir / ".seen_images"), (datasets.labelled, datasets.unlabelled, datasets.val)
+        try:
+            report = check_sources(*parts, data.max_instances, data.on_unreadable, seen)
+        finally:
+            if distributed.is_first():
+                seen.save()
         kept = {
             name: part.source
             for name in ("labelled", "unlabelled", "val")

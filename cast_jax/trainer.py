@@ -198,6 +198,7 @@ def train(
                 with watch.measure("wait"):
                     batch = shard_batch(_next(loader, name, step), run.mesh)
                 if step == start + 1:
+                    logger.info("%s: %.2f MB an image to the devices", name, _bytes(batch) / count_images(batch) / 1e6)
                     with watch.measure("compile"), stop.by_force():
                         run.compile(name, state, frozen, batch)
                     barrier()  # the first exchange of data between processes does not wait long for the slowest one
@@ -314,6 +315,10 @@ class _Judge:
 
 
 _add = jax.jit(metric.add)
+
+
+def _bytes(batch: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
 
 
 def training_seconds(seconds: Mapping[str, float]) -> float:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from cast_jax.core.errors import DataError
-from cast_jax.data.sources.base import Source, image_size, name_some
+from cast_jax.core.files import atomic_write
+from cast_jax.data.sources.base import Source, leaves_folder, name_some, pixel_digest
 from cast_jax.data.sources.coco import require_same_categories
 from cast_jax.data.sources.subset import Subset
 
@@ -27,21 +30,54 @@ class SourceReport:
       source: the source to use from here on: the one that was checked, less the unreadable images.
       usable: int64 ``[n]``, the readable images' indices in the source that was checked.
       images: how many images it had.
-      decoded: how many of them were read in full, pixels and annotation; the others by their header alone.
-      instances, empty, over_cap, cut: among the decoded: instances, images without any, images with more than
+      instances, empty, over_cap, cut: among the usable: instances, images without any, images with more than
         ``max_instances``, and the instances that exceed it.
       unreadable: what is wrong with each image that cannot be used.
+      digests: of the usable images' pixels, see :func:`cast_jax.data.sources.base.pixel_digest`.
+      links_out: file names of images that are links to outside their folder.
     """
 
     source: Source
     usable: np.ndarray
     images: int
-    decoded: int
     instances: int
     empty: int
     over_cap: int
     cut: int
     unreadable: tuple[str, ...]
+    digests: tuple[str, ...]
+    links_out: tuple[str, ...]
+
+
+class SeenImages:
+    """Image files that were found sound, with their pixels' digests, so that a restart need not decode them again.
+
+    A file counts as the same as long as its path, size and time of change are.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Reads ``path``, which :meth:`save` has written, if it is there."""
+        self.path, self._digests = Path(path), dict[str, str]()
+        if self.path.exists():
+            lines = (line.split() for line in self.path.read_text(encoding="utf-8").splitlines())
+            self._digests = {line[0]: line[1] for line in lines if len(line) == 2}
+
+    def __getitem__(self, image: Path) -> str | None:
+        """The digest of a file's pixels, None if it has to be decoded."""
+        return self._digests.get(self._mark(image))
+
+    def __setitem__(self, image: Path, digest: str) -> None:
+        self._digests[self._mark(image)] = digest
+
+    def save(self) -> None:
+        """Writes what is known, whole or not at all."""
+        atomic_write(self.path, "".join(f"{mark} {digest}\n" for mark, digest in sorted(self._digests.items())))
+
+    @staticmethod
+    def _mark(image: Path) -> str:
+        found = image.stat()
+        mark = f"{os.path.realpath(image)} {found.st_size} {found.st_mtime_ns}"
+        return hashlib.blake2b(mark.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +96,9 @@ def check_sources(
     val: Source | None,
     max_instances: int,
     on_unreadable: str = "error",
-    decode_limit: int | None = 2000,
+    seen: SeenImages | None = None,
 ) -> DataReport:
-    """Checks the data of a run before it starts; see :func:`check_source`. Warns of images that two sources share.
+    """Checks the data of a run before it starts; see :func:`check_source`. Warns of pictures that two sources share.
 
     Raises:
       DataError: a source without images, an unreadable image (unless skipped), or other categories in ``val`` than in
@@ -71,7 +107,7 @@ def check_sources(
     if labelled is not None and val is not None:
         require_same_categories(labelled.categories, val.categories, "val")
     reports = {
-        name: None if source is None else check_source(name, source, cap, on_unreadable, decode_limit)
+        name: None if source is None else check_source(name, source, cap, on_unreadable, seen)
         for name, source, cap in (
             ("labelled", labelled, max_instances),
             ("unlabelled", unlabelled, max_instances),
@@ -79,26 +115,27 @@ def check_sources(
         )
     }
     warnings = [text for name, report in reports.items() if report for text in _warnings(name, report, max_instances)]
-    warnings += _shared_images({name: report.source for name, report in reports.items() if report})
+    warnings += _shared_images({name: report for name, report in reports.items() if report})
     for text in warnings:
         _LOG.warning(text)
     return DataReport(**reports, warnings=tuple(warnings))
 
 
 def check_source(
-    name: str, source: Source, max_instances: int | None, on_unreadable: str = "error", decode_limit: int | None = 2000
+    name: str,
+    source: Source,
+    max_instances: int | None,
+    on_unreadable: str = "error",
+    seen: SeenImages | None = None,
 ) -> SourceReport:
-    """Opens every image of a source and counts its instances.
-
-    All headers are read. Pixels and annotations are read too, which is what finds truncated files: of every image, or
-    of ``decode_limit`` evenly spread ones when there are more (``None``: always of all).
+    """Reads every image of a source and its annotation, which is what finds truncated files, in parallel.
 
     Args:
       name: what messages call the source ("labelled", "unlabelled", "val").
       source: the images; annotations are looked at if it has categories.
       max_instances: more than this in an image is counted as ``over_cap``; ``None`` for no cap.
       on_unreadable: "error" refuses unreadable images; "skip" leaves them out of the report's ``source``.
-      decode_limit: see above.
+      seen: images that it knows are not decoded again; those that are sound are told to it.
 
     Raises:
       DataError: no images, or none that is readable; or unreadable ones and ``on_unreadable`` is "error" (lists ten).
@@ -108,17 +145,17 @@ def check_source(
     total = len(source)
     if not total:
         raise DataError(f"the {name} source has no images")
-    complete = total if decode_limit is None else min(total, decode_limit)
-    decoded = set(np.linspace(0, total - 1, complete).round().astype(int).tolist())
 
-    def look(index: int) -> int | str:
-        """The number of instances (0 if they were not read), or what is wrong."""
+    def look(index: int) -> tuple[int, str] | str:
+        """The number of instances and the pixels' digest, or what is wrong."""
+        path = source.record(index).path
         try:
-            image_size(source.record(index).path)
-            if index not in decoded:
-                return 0
-            source.image(index)
-            return len(source.instances(index)) if source.categories else 0
+            digest = seen[path] if seen is not None and path.is_file() else None
+            if digest is None:
+                digest = pixel_digest(source.image(index))
+                if seen is not None:
+                    seen[path] = digest
+            return len(source.instances(index)) if source.categories else 0, digest
         except DataError as error:
             return str(error)
 
@@ -134,36 +171,42 @@ def check_source(
         )
     if not len(usable):
         raise DataError(f"the {name} source has no readable image among {total}; the first: {faults[0]}")
-    counts = np.asarray([found[index] for index in usable if index in decoded], np.int64)
+    sound = [result for result in found if not isinstance(result, str)]
+    counts = np.asarray([count for count, _ in sound], np.int64)
+    records = [source.record(index) for index in usable]
     excess = np.zeros_like(counts) if max_instances is None else np.maximum(counts - max_instances, 0)
     report = SourceReport(
         source=Subset(source, usable) if faults else source,
         usable=usable,
         images=total,
-        decoded=len(counts),
         instances=int(counts.sum()),
         empty=int((counts == 0).sum()) if source.categories else 0,
         over_cap=int((excess > 0).sum()),
         cut=int(excess.sum()),
         unreadable=faults,
+        digests=tuple(digest for _, digest in sound),
+        links_out=tuple(record.file_name for record in records if leaves_folder(record)),
     )
     annotated = f", {report.instances} instances, {report.empty} images without any" if source.categories else ""
-    _LOG.info(f"{name}: {total} images, {report.decoded} read in full{annotated}")
+    _LOG.info(f"{name}: {total} images{annotated}")
     return report
 
 
-def _shared_images(sources: Mapping[str, Source]) -> list[str]:
-    """Warnings of image files that two sources share, links followed."""
-    files = {name: {os.path.realpath(s.record(i).path) for i in range(len(s))} for name, s in sources.items()}
+def _shared_images(reports: Mapping[str, SourceReport]) -> list[str]:
+    """Warnings of pictures that two sources share, by their pixels."""
+    files = {
+        name: {digest: report.source.record(i).file_name for i, digest in enumerate(report.digests)}
+        for name, report in reports.items()
+    }
     effects = {
         ("labelled", "val"): "the evaluation will look better than it is; take them out of one",
         ("labelled", "unlabelled"): "their pseudo-labels compete with their labels; take them out of unlabelled",
         ("unlabelled", "val"): "training will have seen validation images; take them out of unlabelled",
     }
     return [
-        f"{first} and {second} share {len(shared)} images ({name_some(sorted(shared), 3)}): {effect}"
+        f"{first} and {second} share {len(shared)} images ({name_some(shared, 3)}): {effect}"
         for (first, second), effect in effects.items()
-        if (shared := files.get(first, set()) & files.get(second, set()))
+        if (shared := sorted(file for digest, file in files.get(first, {}).items() if digest in files.get(second, {})))
     ]
 
 
@@ -180,5 +223,8 @@ def _warnings(name: str, report: SourceReport, max_instances: int) -> list[str]:
             "raise data.max_instances to keep them"
         )
     if report.source.categories and report.instances == 0:
-        warnings.append(f"{name}: no instances in {report.decoded} images")
+        warnings.append(f"{name}: no instances in {len(report.usable)} images")
+    if report.links_out:
+        out = name_some(report.links_out, 3)
+        warnings.append(f"{name}: {len(report.links_out)} images are links that leave their folder: {out}")
     return warnings

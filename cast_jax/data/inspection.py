@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cast_jax.core.errors import DataError
-from cast_jax.data.sources.base import Source, leaves_folder, name_some, orientation
+from cast_jax.data.sources.base import Source, leaves_folder, name_some, orientation, pixel_digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +69,7 @@ def _look_at_all(name: str, source: Source) -> list[_Look]:
             labels = source.instances(index).labels.tolist() if source.categories else []
             return _Look(
                 size=(image.shape[0], image.shape[1]),
-                digest=hashlib.blake2b(image.data, digest_size=16, key=repr(image.shape).encode()).hexdigest(),
+                digest=pixel_digest(image),
                 labels=tuple(labels),
                 turned=orientation(record.path) != 1,
                 link_out=leaves_folder(record),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 import zlib
@@ -61,6 +62,8 @@ UNUSABLE = {
     "text.jpg": (lambda path: path.write_text("not an image"), "cannot identify"),
     "bomb.png": (bomb, "decompression bomb"),
     "long.png": (lambda path: Image.fromarray(np.zeros((1, 40_000), np.uint8)).save(path), "a side of 40000 pixels"),
+    "large.png": (lambda path: Image.new("1", (30_000, 3_000)).save(path), "90000000 pixels; 89478485 are the most"),
+    "nowhere.png": (lambda path: path.symlink_to("not_there.png"), "no such image file"),
 }
 
 
@@ -95,6 +98,29 @@ def test_unusable_images_are_found_before_a_run(name, tmp_path):
     assert inspected["sets"]["unlabelled"]["unreadable"] == 1
     (error,) = inspected["errors"]
     assert re.search(f"{name}.*{problem}", error)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for read in (read_image, image_size, read_label_map):
+        with pytest.raises(DataError, match=r"pipe\.png.*not a file"):
+            read(tmp_path / "pipe.png")
+
+
+def test_folders_and_patterns_find_the_same(tmp_path):
+    """Linked folders too, each once; and nothing beside the folder."""
+    inside, outside = tmp_path / "pool", tmp_path / "more"
+    for folder in (inside / "a", outside):
+        folder.mkdir(parents=True)
+        Image.fromarray(NOISE).save(folder / "1.png")
+    (inside / "linked").symlink_to(outside)
+    found = [ImageFolder(images) for images in (inside, f"{inside}/**/*.png")]
+    names = [[source.record(index).file_name for index in range(len(source))] for source in found]
+    assert names == [["a/1.png", "linked/1.png"]] * 2
+    (inside / "a" / "round").symlink_to(inside)
+    assert len(ImageFolder(inside)) == 2
+    with pytest.raises(DataError, match="after a wildcard"):
+        ImageFolder(f"{inside}/*/../../more/*.png")
 
 
 def damaged(path: Path, rng: np.random.Generator) -> None:

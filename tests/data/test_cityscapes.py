@@ -73,6 +73,18 @@ def test_a_split_file_of_the_literature_and_own_ids(root):
 
 
 @pytest.mark.parametrize(
+    "ending", ["labelTrainIds.png", "labelIds.png", "instanceIds.png", "polygons.json", "color.png"]
+)
+def test_lists_of_images_with_their_annotations(root, ending):
+    """Two columns, as semi-supervised segmentation's partitions have them, by an editor that marks UTF-8."""
+    pair = "leftImg8bit/train/ulm/{0}_leftImg8bit.png gtFine/train/ulm/{0}_gtFine_{1}"
+    lines = [pair.format(stem, ending) for stem in ("ulm_000001_000019", "ulm_000000_000019")]
+    (root / "labeled.txt").write_text("\n".join(lines), encoding="utf-8-sig")
+    source = Cityscapes(root, "train", images=root / "labeled.txt")
+    assert [source.record(i).image_id for i in range(2)] == ["ulm_000001_000019", "ulm_000000_000019"]
+
+
+@pytest.mark.parametrize(
     ("images", "problem"),
     [
         (["ulm_000009_000019"], "not in this split: ulm_000009_000019"),

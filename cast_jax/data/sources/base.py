@@ -8,6 +8,7 @@ counts them and returns the sources without them (``"skip"``, a :class:`~cast_ja
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -22,6 +23,8 @@ from cast_jax.core.errors import DataError
 
 MAX_SIDE = 32_766
 """Pixels a side that an image may have: OpenCV cannot warp longer ones."""
+MAX_PIXELS = 89_478_485
+"""Pixels that an image may have: from here on Pillow warns of a decompression bomb."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,7 @@ def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "height width 
       DataError: the file is missing, truncated, not an image, too long, or has floating-point pixels; names the file.
     """
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             _check_sides(image)
             image.load()
             if image.mode == "F":
@@ -99,7 +102,7 @@ def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "height width 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """The (height, width) in an image file's header. Raises :class:`DataError` as :func:`read_image` does."""
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             _check_sides(image)
             return image.height, image.width
     except FileNotFoundError:
@@ -108,10 +111,15 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         raise _unreadable(path, error) from error
 
 
+def pixel_digest(image: UInt8[np.ndarray, "height width 3"]) -> str:
+    """32 hexadecimal digits that only the same picture has, whatever its file."""
+    return hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16, key=repr(image.shape).encode()).hexdigest()
+
+
 def orientation(path: str | os.PathLike[str]) -> int:
     """The EXIF orientation in an image file's header, 1 (upright) if there is none. Raises as :func:`image_size`."""
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from error
@@ -128,7 +136,7 @@ def leaves_folder(record: ImageRecord) -> bool:
 def read_label_map(path: str | os.PathLike[str]) -> tuple[str, np.ndarray]:
     """An annotation image as it is stored: Pillow's mode and the pixels. Raises :class:`DataError` naming the file."""
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             image.load()
             return image.mode, np.asarray(image)
     except FileNotFoundError:
@@ -144,7 +152,7 @@ def read_list(path: str | os.PathLike[str]) -> list[str]:
       DataError: the file is missing, not text, or lists nothing.
     """
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as a list, one name a line ({error})") from error
     names = [line for line in lines if line and not line.startswith("#")]
@@ -175,6 +183,15 @@ def name_some(names: Iterable[object], limit: int = 10) -> str:
 def _check_sides(image: Image.Image) -> None:
     if max(image.size) > MAX_SIDE:
         raise ValueError(f"a side of {max(image.size)} pixels; {MAX_SIDE} is the most, cut it into tiles")
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width * image.height} pixels; {MAX_PIXELS} are the most, cut it into tiles")
+
+
+def _open(path: str | os.PathLike[str]) -> Image.Image:
+    """Opens an image, without waiting for a pipe."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is not a file")
+    return Image.open(path)
 
 
 def _unreadable(path: str | os.PathLike[str], error: BaseException) -> DataError:

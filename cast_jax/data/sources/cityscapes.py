@@ -41,8 +41,9 @@ _POSITIONS = {category.id: position for position, category in enumerate(CATEGORI
 _UNSCORED = (29, 30)  # caravan and trailer: they have instances, but the benchmark does not score them
 _IMAGE_SUFFIX = "_leftImg8bit.png"
 _LABEL_SUFFIX = "_gtFine_instanceIds.png"
-SUFFIXES = (_LABEL_SUFFIX, _IMAGE_SUFFIX)
-"""What file names have after an image's id."""
+_ANNOTATIONS = ("instanceIds.png", "labelIds.png", "labelTrainIds.png", "polygons.json", "color.png")
+SUFFIXES = (_IMAGE_SUFFIX, *(f"_gtFine_{name}" for name in _ANNOTATIONS))
+"""What file names have after an image's id, also in lists of annotations, or of images with theirs."""
 
 
 class Cityscapes:

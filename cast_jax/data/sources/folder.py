@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,8 @@ class ImageFolder:
     """Unlabelled images, sorted by name; an image's id is its path relative to the root.
 
     Args:
-      images: a folder (searched with its sub-folders), a glob pattern (``**`` crosses folders), or a ``.txt`` file
-        with one path a line (its order is kept).
+      images: a folder (searched with its sub-folders, linked ones too), a glob pattern (``**`` crosses folders), or a
+        ``.txt`` file with one path a line (its order is kept).
       root: the folder that file names are relative to. By default the folder itself, the part of the pattern before
         its first wildcard, or the folder of the list.
 
@@ -36,6 +37,8 @@ class ImageFolder:
             self.root = Path(root if root is not None else Path(images).parent)
             self._names = _listed(images, self.root)
         elif glob.has_magic(images) and not Path(images).is_dir():
+            if ".." in Path(images).relative_to(_before_wildcard(images)).parts:
+                raise DataError(f"{images}: may not have .. after a wildcard; begin with the folder above the images")
             self.root = Path(root if root is not None else _before_wildcard(images))
             found = [Path(path) for path in glob.iglob(images, recursive=True) if _is_image(Path(path))]
             self._names = sorted(_relative_to(path, self.root) for path in found)
@@ -43,8 +46,7 @@ class ImageFolder:
             if not Path(images).is_dir():
                 raise DataError(f"{images}: no such folder of images (give a folder, a glob pattern or a .txt list)")
             self.root = Path(root if root is not None else images)
-            walked = (Path(folder) / name for folder, _, names in os.walk(images) for name in names)
-            self._names = sorted(_relative_to(path, self.root) for path in walked if _is_image(path))
+            self._names = sorted(_relative_to(path, self.root) for path in _walk(Path(images)) if _is_image(path))
         if not self._names:
             raise DataError(f"{images}: holds no images; looked for {', '.join(EXTENSIONS)}")
 
@@ -72,7 +74,19 @@ class ImageFolder:
 
 def _is_image(path: Path) -> bool:
     # Files that begin with a dot are no one's images: macOS leaves "._name.jpg" beside every copied file.
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+    # A link to nowhere is one: the check before a run names it.
+    named = path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+    return named and (path.is_file() or (path.is_symlink() and not path.exists()))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """All files below a folder, linked folders too, each folder once."""
+    known = {os.path.realpath(folder)}
+    for where, folders, names in os.walk(folder, followlinks=True):
+        yield from (Path(where) / name for name in names)
+        real = {name: os.path.realpath(Path(where) / name) for name in sorted(folders)}
+        folders[:] = [name for name in real if real[name] not in known]
+        known.update(real.values())
 
 
 def _relative_to(path: Path, root: Path) -> str:
