@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 
 from cast_jax.core.errors import DataError
 from cast_jax.core.files import write_json
-from cast_jax.data.datasets import Datasets
 from cast_jax.data.inspection import inspect
 from cast_jax.data.sources.base import Source
 from cast_jax.visualize import contact_sheet, overlay, save_image
@@ -19,11 +19,12 @@ logger = logging.getLogger(__name__)
 PICTURES = 12
 
 
-def check_data(datasets: Datasets, max_instances: int, folder: Path) -> dict[str, Any]:
+def check_data(sources: Mapping[str, Source], max_instances: int, folder: Path) -> dict[str, Any]:
     """Reads everything once, and writes ``report.json`` and a sheet of samples with their masks for every set.
 
     Args:
-      datasets: opened with ``on_unreadable="skip"``, so that all faults are counted.
+      sources: of "labelled", "unlabelled" and "val" those that are to be looked at, opened with ``on_fault="skip"``, so
+        that all faults are counted.
       max_instances: slots for the instances of a training image.
       folder: receives the files.
 
@@ -33,11 +34,6 @@ def check_data(datasets: Datasets, max_instances: int, folder: Path) -> dict[str
     Raises:
       DataError: there are errors (lists ten); everything is written before.
     """
-    sources: dict[str, Source] = {
-        "labelled": datasets.labelled,
-        "unlabelled": datasets.unlabelled,
-        "val": datasets.val,
-    }
     report = inspect(sources, max_instances)
     write_json(folder / "report.json", report)
     for name, source in sources.items():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import errno
 import logging
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -24,8 +26,8 @@ from cast_jax.preflight import make_workdir
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command continues what is there.")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: configs/<name>.py:<step>[,key=value ...].")
 
-# A field of a model: not in the configuration unless it differs from what the model's name says.
-_MODEL_FIELD = re.compile(r"--config\.model\.(\w+)\.([\w.]+)=(.*)", re.DOTALL)
+# A field of a model or a step: not in the configuration unless it differs from the default (a model's: of its name).
+_FIELD = re.compile(r"--config\.(model|steps)\.(\w+)\.([\w.]+)=(.*)", re.DOTALL)
 
 _AGAIN = "start all processes again with the same command to continue"
 
@@ -76,14 +78,15 @@ def run() -> None:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the flags and loads the configuration; what is wrong with them ends with a line and exit code 1."""
-    model = [found for argument in argv if (found := _MODEL_FIELD.fullmatch(argument))]
-    others = [argument for argument in argv if not _MODEL_FIELD.fullmatch(argument)]
+    fields = [found for argument in argv if (found := _FIELD.fullmatch(argument))]
+    others = [argument for argument in argv if not _FIELD.fullmatch(argument)]
     sys.argv = others  # where ml_collections looks for what the configuration must have
     try:
         rest = flags.FLAGS(others)
         _CONFIG.value.to_dict()  # a file that could not be read is only reported when it is used
-        for role, path, text in (found.groups() for found in model):
-            _set_model_field(_CONFIG.value, role, path, text)
+        for section, name, path, text in (found.groups() for found in fields):
+            with _CONFIG.value.unlocked():
+                _set_field(_CONFIG.value[section][name], path, text)
         return rest
     except SystemExit:
         sys.exit(0)  # --help was printed, after which absl would exit with 1
@@ -99,19 +102,22 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(f"error: {lines[-1] if any(line.startswith('Traceback') for line in lines) else error}")
 
 
-def _set_model_field(config: ConfigDict, role: str, path: str, text: str) -> None:
-    """Sets a field that a named model may leave unsaid; the registry knows which there are, and their types."""
-    part = config.model[role]
-    with config.unlocked():
-        *groups, name = path.split(".")
-        for group in groups:
-            if group not in part:
-                part[group] = {}
-            part = part[group]
-        try:
-            part[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            part[name] = text
+def _set_field(part: ConfigDict, path: str, text: str) -> None:
+    """Sets a field that the configuration may leave unsaid; the settings know which there are, and their types.
+
+    Raises:
+      TypeError: the configuration says it, with a value of another type.
+    """
+    *groups, name = path.split(".")
+    for group in groups:
+        if group not in part:
+            part[group] = {}
+        part = part[group]
+    value: Any = {"true": True, "false": False}.get(text.lower(), text)
+    if value is text and not isinstance(part.get(name), str):
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(text)
+    part[name] = value
 
 
 if __name__ == "__main__":

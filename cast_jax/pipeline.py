@@ -34,7 +34,6 @@ from cast_jax.data.prefetch import Prefetcher
 from cast_jax.data.pseudo_labels import PseudoLabels, PseudoLabelWriter, confident
 from cast_jax.data.sources.base import Source
 from cast_jax.data.sources.cached import Cached
-from cast_jax.data.sources.cityscapes import label_path
 from cast_jax.data.sources.pseudo_labelled import PseudoLabelled
 from cast_jax.data.sources.subset import Subset
 from cast_jax.data.splits import split_indices
@@ -82,7 +81,7 @@ def run(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     if config.get("step") == "check_data":
         settings = build(RunConfig, config, "config").data
         datasets = open_datasets({**dataclasses.asdict(settings), "on_unreadable": "skip"}, workdir)
-        return check_data(datasets, settings.max_instances, workdir / "check_data")
+        return check_data(datasets.of_the_task(), settings.max_instances, workdir / "check_data")
     require_same(config, workdir)
     if distributed.is_first():
         remove_temporaries(workdir)
@@ -361,7 +360,7 @@ class Pipeline:
             return {}
         val = self.datasets.val
         records = [val.record(index) for index in range(len(val))]
-        results = cityscapes.official_ap(exported, {str(record.image_id): label_path(record) for record in records})
+        results = cityscapes.official_ap(exported, {str(r.image_id): r.annotation for r in records if r.annotation})
         write_json(path, results)
         return {f"cityscapes_{key}": results[key] for key in ("ap", "ap50") if results[key] is not None}
 

@@ -1,6 +1,6 @@
 """Reads every image and annotation once and says what is wrong with them; exit code 1 on errors.
 
-python scripts/check_data.py coco --labelled labelled.json --unlabelled images/ --val val.json
+python scripts/check_data.py coco [--labelled labelled.json] [--unlabelled images/] [--val val.json]
 python scripts/check_data.py cityscapes --root PATH [--split FILE]
 python scripts/check_data.py ade20k --root PATH --split FILE
 
@@ -18,8 +18,11 @@ import sys
 from pathlib import Path
 
 from cast_jax.check_data import check_data
-from cast_jax.core.errors import UserError
+from cast_jax.core.errors import DataError, UserError
 from cast_jax.data.datasets import open_datasets
+from cast_jax.data.sources.base import Source
+from cast_jax.data.sources.coco import Coco
+from cast_jax.data.sources.folder import ImageFolder
 from cast_jax.settings import DataConfig
 
 
@@ -49,9 +52,26 @@ def main() -> None:
             labelled=labelled if options["kind"] == "coco" else int(labelled or 1),
             on_unreadable="skip",
         )
-        check_data(open_datasets(dataclasses.asdict(data), folder), data.max_instances, folder)
+        check_data(_open(data, folder), data.max_instances, folder)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def _open(data: DataConfig, folder: Path) -> dict[str, Source]:
+    """The sets that are given; of a COCO task without a split any of the three will do."""
+    if data.kind != "coco" or data.split:
+        return open_datasets(dataclasses.asdict(data), folder).of_the_task()
+    sources: dict[str, Source] = {}
+    if data.labelled:
+        sources["labelled"] = Coco(str(data.labelled), data.labelled_images or None, on_fault="skip")
+    if data.unlabelled:
+        sources["unlabelled"] = ImageFolder(data.unlabelled)
+    if data.val:
+        known = sources["labelled"].categories if data.labelled else None
+        sources["val"] = Coco(data.val, data.val_images or None, categories=known, on_fault="skip")
+    if not sources:
+        raise DataError("nothing to check; give --labelled, --unlabelled or --val")
+    return sources
 
 
 if __name__ == "__main__":

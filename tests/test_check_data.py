@@ -74,6 +74,13 @@ def test_the_script(run, monkeypatch, capfd):
     script.main()
     assert "no errors" in capfd.readouterr().err
     assert (workdir / "out" / "report.json").exists()
+    monkeypatch.setattr("sys.argv", [*map(str, ["check_data.py", "coco", *arguments[:2], "--output", workdir / "one"])])
+    script.main()
+    assert list(json.loads((workdir / "one" / "report.json").read_text())["sets"]) == ["labelled"]
+    monkeypatch.setattr("sys.argv", ["check_data.py", "coco"])
+    with pytest.raises(SystemExit, match="nothing to check; give --labelled"):
+        script.main()
+    monkeypatch.setattr("sys.argv", list(map(str, command)))
     next((folder / "val").iterdir()).write_bytes(b"")
     with pytest.raises(SystemExit, match="error: 1 errors"):
         script.main()

@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from cast_jax.core.config import build
+from cast_jax.main import _set_field
+from cast_jax.settings import StepConfig
+from configs import demo
+
 ROOT = Path(__file__).parent.parent
 CONFIG = ("--config", "configs/demo.py:cast,smoke")
 
@@ -39,6 +44,28 @@ def test_help():
     assert "--workdir: Folder of the run" in result.stdout
 
 
+def test_what_a_configuration_leaves_unsaid_can_be_set():
+    config = demo.get_config("cast,smoke")
+    step = config.steps.distill
+    with config.unlocked():
+        for path, text in (
+            ("objective.contrastive.symmetric", "true"),
+            ("objective.contrastive.num_anchors", "None"),
+            ("objective.criterion.dice_weight", "4"),
+            ("train.ema_decay", "0.99"),
+            ("optimizer.learning_rate", "1e-3"),
+            ("pseudo_labels", "8"),  # a text stays one
+        ):
+            _set_field(step, path, text)
+        with pytest.raises(TypeError, match="Could not override field 'steps'"):
+            _set_field(step, "train.steps", "1.5")
+    contrastive = {name: dict(config.steps[name].objective.contrastive) for name in ("distill", "adapt")}
+    assert contrastive["distill"] == contrastive["adapt"] | {"symmetric": True, "num_anchors": None}
+    built = build(StepConfig, step.to_dict(), "distill")
+    assert (built.objective.criterion.dice_weight, built.optimizer.learning_rate) == (4.0, 1e-3)
+    assert built.pseudo_labels == "8"
+
+
 FAULTS = [
     ((), "--config must have a value"),
     (CONFIG, "--workdir must have a value"),
@@ -63,6 +90,13 @@ FAULTS = [
         "config.model.student.mask_decoder: unknown key querys",
     ),
     ((*CONFIG, "--config.model.student.encoder.embed_dim=wide"), "Could not override field 'embed_dim'"),
+    ((*CONFIG, "--config.steps.distil.start=adapt"), "the configuration has no 'distil'"),
+    ((*CONFIG, "--config.steps.distill.train.steps=many"), "Could not override field 'steps'"),
+    ((*CONFIG, "--config.steps.distill.optimizer.beta=0.9"), "config.steps.distill.optimizer: unknown key beta"),
+    (
+        (*CONFIG, "--config.steps.distill.objective.contrastive.symmetric=3"),
+        "config.steps.distill.objective.contrastive.symmetric",
+    ),
     ((*CONFIG, "--config.model.pupil.name=student_s"), "the configuration has no 'pupil'"),
 ]
 

@@ -12,7 +12,7 @@ same (up to the order of sums) on any number of devices.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +136,11 @@ def _wide(z):
     return z.astype(jnp.promote_types(z.dtype, jnp.float32))
 
 
+def product_dtype(dtype: Any) -> Any:
+    """What similarities are multiplied in: bfloat16 on accelerators, where they are added up in ``dtype``."""
+    return dtype if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
 def _contrast_rows(config, z_anchors, z_positives, z_negatives, taken, anchors, regions):
     """Loss, diagnostics and gradients of some anchors against shared [slots, E] or own [anchors, K, E] negatives.
 
@@ -146,12 +151,15 @@ def _contrast_rows(config, z_anchors, z_positives, z_negatives, taken, anchors, 
         z_anchors, z_positives, z_negatives = map(normalise, (z_anchors, z_positives, z_negatives))
         positive = jnp.sum(z_anchors * z_positives, axis=-1)
         subscripts = "ae,se->as" if z_negatives.ndim == 2 else "ae,ase->as"
-        negative = jnp.einsum(subscripts, z_anchors, z_negatives)
+        narrow = [z.astype(product_dtype(z.dtype)) for z in (z_anchors, z_negatives)]
+        negative = jnp.einsum(subscripts, *narrow, preferred_element_type=z_anchors.dtype)
         losses = anchor_losses(config, positive, negative, taken)
         return jnp.sum(jnp.where(anchors.valid, losses, 0.0)), (positive, negative)
 
     graded = jax.value_and_grad(total_loss, argnums=(0, 1, 2), has_aux=True)
-    (loss, (positive, negative)), gradients = graded(*map(_wide, (z_anchors, z_positives, z_negatives)))
+    # Masked pixels may hold anything, NaN too, which a loss that does not count would hand to the pool's gradient.
+    z_anchors, z_positives = (jnp.where(anchors.valid[:, None], _wide(z), 0.0) for z in (z_anchors, z_positives))
+    (loss, (positive, negative)), gradients = graded(z_anchors, z_positives, _wide(z_negatives))
 
     regions = jnp.broadcast_to(regions, taken.shape)
     known = taken & (regions >= 0) & (anchors.valid & anchors.on_instance)[:, None]
@@ -174,9 +182,9 @@ def effective_number(positions: Int[Array, "slots"], taken: Bool[Array, "slots"]
     beyond = jnp.iinfo(positions.dtype).max
     ordered = jnp.sort(jnp.where(taken, positions, beyond))
     start = jax.lax.cummax(jnp.where(ordered != jnp.roll(ordered, 1), slots, 0))
-    squares = jnp.sum(jnp.where(ordered < beyond, 2 * (slots - start) + 1, 0))  # the first c odd numbers add up to c²
-    count = jnp.sum(taken)
-    return jnp.where(count > 0, count**2 / jnp.maximum(squares, 1), 0.0)
+    odd = jnp.where(ordered < beyond, 2 * (slots - start) + 1, 0)  # the first c odd numbers add up to c²
+    count, squares = jnp.sum(taken, dtype=float), jnp.sum(odd, dtype=float)  # squares of integers would overflow
+    return jnp.where(count > 0, count**2 / jnp.maximum(squares, 1.0), 0.0)
 
 
 def _with_effective(sums: Sums, positions, taken, valid) -> Sums:

@@ -35,6 +35,7 @@ from cast_jax.core.errors import UserError
 from cast_jax.core.files import read_json, write_json
 
 WEIGHTS = "model.safetensors"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 
 
 def convert(
@@ -102,11 +103,19 @@ def check_destination(name: str, source: Path, destination: Path) -> None:
         raise UserError(f"{destination}: the destination is a file; name a folder")
     if destination.resolve() in (source.resolve(), source.resolve().parent, source.parent.resolve()):
         raise UserError(f"{destination}: the destination holds the source; name another folder")
-    if (destination / WEIGHTS).exists():
-        path = destination / "config.json"
-        held = (read_json(path) if path.exists() else {}).get("converted", {}).get("name", "another origin")
+    description = destination / "config.json"
+    if description.exists() or any(file.suffix in WEIGHT_SUFFIXES for file in destination.glob("*")):
+        held = _converted_name(description) or "another origin"
         if held != name:
             raise UserError(f"{destination} holds weights of {held}; delete it, or name another folder")
+
+
+def _converted_name(description: Path) -> str | None:
+    """The model whose conversion a config.json describes; None if it describes none."""
+    try:
+        return read_json(description)["converted"]["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

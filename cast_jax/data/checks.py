@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from cast_jax.core.errors import DataError
 from cast_jax.core.files import atomic_write
-from cast_jax.data.sources.base import Source, leaves_folder, name_some, pixel_digest
+from cast_jax.data.sources.base import Source, leaves_folder, name_some, noted, orientation, pixel_digest
 from cast_jax.data.sources.coco import require_same_categories
 from cast_jax.data.sources.subset import Subset
 
@@ -34,7 +35,8 @@ class SourceReport:
         ``max_instances``, and the instances that exceed it.
       unreadable: what is wrong with each image that cannot be used.
       digests: of the usable images' pixels, see :func:`cast_jax.data.sources.base.pixel_digest`.
-      links_out: file names of images that are links to outside their folder.
+      links_out, turned: file names of images that are links (or whose annotations are) to outside their folder, and of
+        those with an EXIF orientation.
     """
 
     source: Source
@@ -47,6 +49,7 @@ class SourceReport:
     unreadable: tuple[str, ...]
     digests: tuple[str, ...]
     links_out: tuple[str, ...]
+    turned: tuple[str, ...]
 
 
 class SeenImages:
@@ -186,6 +189,7 @@ def check_source(
         unreadable=faults,
         digests=tuple(digest for _, digest in sound),
         links_out=tuple(record.file_name for record in records if leaves_folder(record)),
+        turned=tuple(r.file_name for r in records if r.path.is_file() and orientation(r.path) != 1),
     )
     annotated = f", {report.instances} instances, {report.empty} images without any" if source.categories else ""
     _LOG.info(f"{name}: {total} images{annotated}")
@@ -224,7 +228,16 @@ def _warnings(name: str, report: SourceReport, max_instances: int) -> list[str]:
         )
     if report.source.categories and report.instances == 0:
         warnings.append(f"{name}: no instances in {len(report.usable)} images")
+    times = Counter(report.digests)
+    if repeated := [report.source.record(i).file_name for i, digest in enumerate(report.digests) if times[digest] > 1]:
+        warnings.append(f"{name}: {len(repeated)} images show the same pixels as another: {name_some(repeated, 4)}")
+    if report.turned:
+        some = name_some(report.turned, 3)
+        warnings.append(f"{name}: {len(report.turned)} images have an EXIF orientation, which is not applied: {some}")
     if report.links_out:
         out = name_some(report.links_out, 3)
         warnings.append(f"{name}: {len(report.links_out)} images are links that leave their folder: {out}")
+    if copies := noted(report.source, "copies"):
+        some = name_some(copies, 3)
+        warnings.append(f"{name}: {len(copies)} annotations are exact copies of another in their image: {some}")
     return warnings

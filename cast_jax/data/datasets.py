@@ -34,6 +34,10 @@ class Datasets:
     val: Source
     pretrain: Source | None = None
 
+    def of_the_task(self) -> dict[str, Source]:
+        """All by name but what a teacher is pretrained on."""
+        return {"labelled": self.labelled, "unlabelled": self.unlabelled, "val": self.val}
+
 
 def open_datasets(data: Mapping[str, Any], workdir: Path) -> Datasets:
     """Opens (and for generated data, first writes) the sources of ``config.data``.

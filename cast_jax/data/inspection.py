@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cast_jax.core.errors import DataError
-from cast_jax.data.sources.base import Source, leaves_folder, name_some, orientation, pixel_digest
+from cast_jax.data.sources.base import Source, leaves_folder, name_some, noted, orientation, pixel_digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ def inspect(sources: Mapping[str, Source], max_instances: int) -> dict[str, Any]
     errors, warnings = [], []
     for name, source in sources.items():
         errors += [f"{name}: {look.fault}" for look in looks[name] if look.fault]
-        errors += [f"{name}: {fault}" for fault in _noted(source, "faults")]
+        errors += [f"{name}: {fault}" for fault in noted(source, "faults")]
         warnings += [f"{name}: {text}" for text in _warnings(source, looks[name], max_instances, name == "val")]
     shared = list(_same_pixels(sources, looks))
     for first, second in combinations(sources, 2):
@@ -82,13 +82,6 @@ def _look_at_all(name: str, source: Source) -> list[_Look]:
         return list(tqdm(looking, f"reading {name}", len(source), unit="image", disable=None))
 
 
-def _noted(source: Source, attribute: str) -> Sequence[Any]:
-    """What the source under any subset has noted of its annotations."""
-    while hasattr(source, "source"):
-        source = source.source
-    return getattr(source, attribute, ())
-
-
 def _warnings(source: Source, looks: list[_Look], max_instances: int, any_number: bool) -> Iterator[str]:
     files = [source.record(index).file_name for index in range(len(source))]
     over = [len(look.labels) - max_instances for look in looks if len(look.labels) > max_instances]
@@ -98,8 +91,10 @@ def _warnings(source: Source, looks: list[_Look], max_instances: int, any_number
         yield f"{len(turned)} images have an EXIF orientation, which is not applied: {name_some(turned, 3)}"
     if out := [file for file, look in zip(files, looks, strict=True) if look.link_out]:
         yield f"{len(out)} images are links that leave their folder: {name_some(out, 3)}"
-    if boxes := _noted(source, "boxes_outside"):
+    if boxes := noted(source, "boxes_outside"):
         yield f"{len(boxes)} annotations have a bbox outside their image, which is not used: {name_some(boxes, 3)}"
+    if copies := noted(source, "copies"):
+        yield f"{len(copies)} annotations are exact copies of another in their image: {name_some(copies, 3)}"
     if source.categories:
         seen = {label for look in looks for label in look.labels}
         if absent := [category.name for label, category in enumerate(source.categories) if label not in seen]:

@@ -119,7 +119,8 @@ def _through_norm(epsilon: float, kept: tuple[Array, ...], gradient: Array) -> t
     values, mean, inverse, scale = kept
     normed, inner = (values - mean) * inverse, gradient * scale
     to_values = inverse * (inner - _row_mean(inner) - normed * _row_mean(inner * normed))
-    return to_values, _row_sum(gradient * normed), _row_sum(gradient)
+    rows = range(gradient.ndim - 1)
+    return to_values, jnp.sum(gradient * normed, axis=rows), jnp.sum(gradient, axis=rows)
 
 
 _layer_norm.defvjp(_normalise, _through_norm)
@@ -128,9 +129,3 @@ _layer_norm.defvjp(_normalise, _through_norm)
 def _row_mean(values: Array) -> Array:
     """Over the last axis, as a product: XLA:CPU adds up the numbers of a row one by one."""
     return values @ jnp.full((values.shape[-1], 1), 1.0 / values.shape[-1], values.dtype)
-
-
-def _row_sum(values: Array) -> Array:
-    """Over all axes but the last."""
-    rows = values.reshape(-1, values.shape[-1])
-    return jnp.ones(len(rows), values.dtype) @ rows

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -99,14 +100,21 @@ class DecoderLayer(nnx.Module):
         self.self_attention = Attention(dim, config.num_heads, dtype=dtype, rngs=rngs)
         self.up, self.down = linear(dim, config.ffn_dim), linear(config.ffn_dim, dim)
         self.cross_norm, self.self_norm, self.ffn_norm = norm(), norm(), norm()
-        self.dropout = nnx.Dropout(config.dropout)
+        self.dropout = config.dropout
 
-    def __call__(self, queries, query_positions, keys, values, allowed, rngs: nnx.Rngs | None):
-        drop = lambda x: x if rngs is None else self.dropout(x, deterministic=False, rngs=rngs)
-        queries = self.cross_norm(queries + drop(self.cross(queries + query_positions, keys, values, allowed)))
+    def __call__(
+        self, queries, query_positions, keys, values, allowed, keep: Bool[Array, "batch queries dropped"] | None
+    ):
+        """``keep`` is what dropout leaves of all that it may drop: three branches and the hidden units."""
+        dim = queries.shape[-1]
+        parts = [None] * 4 if keep is None else jnp.split(keep, (dim, 2 * dim, 3 * dim), axis=-1)
+        drop = lambda x, part: x if part is None else jnp.where(part, x / (1.0 - self.dropout), 0.0)
+        cross = self.cross(queries + query_positions, keys, values, allowed)
+        queries = self.cross_norm(queries + drop(cross, parts[0]))
         located = queries + query_positions
-        queries = self.self_norm(queries + drop(self.self_attention(located, located, queries)))
-        return self.ffn_norm(queries + drop(self.down(drop(jax.nn.relu(self.up(queries))))))
+        queries = self.self_norm(queries + drop(self.self_attention(located, located, queries), parts[1]))
+        hidden = drop(jax.nn.relu(self.up(queries)), parts[3])
+        return self.ffn_norm(queries + drop(self.down(hidden), parts[2]))
 
 
 class MLP(nnx.Module):
@@ -184,13 +192,22 @@ class MaskDecoder(nnx.Module):
             values.append(value)
             sizes.append((rows, columns))
 
+        keep = self._draw_dropout(batch, queries.shape[1], rngs)
         outputs = [self._predict(queries, mask_features, anchors)]
         for index, layer in enumerate(self.layers):
             level = index % config.num_levels
             allowed = _attention_mask(outputs[-1][0], sizes[level])
-            queries = layer(queries, positions, keys[level], values[level], allowed, rngs)
+            queries = layer(queries, positions, keys[level], values[level], allowed, keep[index])
             outputs.append(self._predict(queries, mask_features, anchors))
         return tuple(outputs)
+
+    def _draw_dropout(self, batch: int, queries: int, rngs: nnx.Rngs | None) -> Sequence[Array | None]:
+        """What dropout keeps in each layer, drawn at once: a generator for each of 36 masks takes long to compile."""
+        config = self.config
+        if rngs is None or config.dropout == 0.0:
+            return [None] * config.num_layers
+        shape = (config.num_layers, batch, queries, 3 * config.hidden_dim + config.ffn_dim)
+        return list(jax.random.bernoulli(rngs.dropout(), 1.0 - config.dropout, shape))
 
     def _encode(self, positions, height: int, width: int):
         """Projected sine features; learned queries see positions relative to the map, grid queries see pixels."""

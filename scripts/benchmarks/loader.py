@@ -17,7 +17,7 @@ from cast_jax.data.pipeline import LoaderConfig, batch_bytes, make_loader
 from cast_jax.data.scenes import write_scenes
 from cast_jax.data.sources.base import Source
 from cast_jax.data.sources.cached import Cached
-from cast_jax.data.sources.cityscapes import Cityscapes, label_path
+from cast_jax.data.sources.cityscapes import Cityscapes
 from cast_jax.data.views import ViewConfig
 
 LOADER = LoaderConfig(view=ViewConfig(image_size=(512, 1024), max_instances=100), batch_labelled=4)
@@ -110,7 +110,8 @@ def _street_scenes(root: Path, count: int, size: tuple[int, int], records: int =
     scenes = Cityscapes(root, "train")
     for number in range(records):
         record = scenes.record(number % count)
-        for file in (record.path, label_path(record)):
+        assert record.annotation is not None
+        for file in (record.path, record.annotation):
             suffix = file.name.removeprefix(str(record.image_id))
             link = file.parents[2] / "links" / "city" / f"city_{number:06d}_000000{suffix}"
             link.parent.mkdir(parents=True, exist_ok=True)

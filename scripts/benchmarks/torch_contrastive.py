@@ -48,7 +48,7 @@ def blocked(
 def _scores(g: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         unit = g / g.norm(dim=-1, keepdim=True)
-        scores = (1.0 - unit[anchors] @ unit.T).clamp_(min=0.0)
+        scores = (1.0 - unit[anchors] @ unit.T).clamp_(min=1e-12)  # of equal pixels any is as good as another
         scores[torch.arange(len(anchors)), anchors] = 0.0
         return scores
 

@@ -50,9 +50,11 @@ class Views(torch.utils.data.Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        with Image.open(self.source.record(index).path) as file:
+        record = self.source.record(index)
+        assert record.annotation is not None
+        with Image.open(record.path) as file:
             image = tv_tensors.Image(v2.functional.pil_to_tensor(file.convert("RGB")))
-        with Image.open(self.source.label_path(index)) as file:
+        with Image.open(record.annotation) as file:
             ids = torch.from_numpy(np.array(file, dtype=np.int32))
         present = torch.bincount(ids.flatten()).nonzero().flatten()
         masks = tv_tensors.Mask((ids == present[present >= 1000][:, None, None]).to(torch.uint8))

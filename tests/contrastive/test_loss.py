@@ -9,6 +9,7 @@ import pytest
 from jax.test_util import check_grads
 from maps import make_map
 
+from cast_jax.contrastive import contrast
 from cast_jax.contrastive.bank import choose_entries, empty_bank, push
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.contrastive.contrast import Anchors, CandidatePixels, draw_negatives
@@ -174,6 +175,35 @@ def test_pixels_with_a_broken_map_take_no_part_and_are_reported():
     assert np.isfinite(by_embedding).all()
     assert not np.any(by_embedding[0])
     assert not np.any(by_map)
+
+
+def test_masked_pixels_may_hold_anything():
+    inputs = make_inputs()
+    expected, *_, gradient, _ = _graded(inputs)
+    for view in ("z_weak", "z_strong"):
+        inputs[view] = np.where(inputs["valid"][..., None], inputs[view], np.nan)
+    loss, *_, by_embedding, _ = _graded(inputs)
+    assert loss == expected
+    np.testing.assert_array_equal(by_embedding, gradient)
+
+
+def test_bfloat16_products_are_close(monkeypatch):
+    """As on accelerators: only the products of the negatives are narrow, not their sums."""
+    inputs = make_inputs()
+    inputs["z_weak"] = unit(inputs["z_weak"] + inputs["z_strong"])  # near the minimum, where errors would show
+    expected, *_, gradient, _ = _graded(inputs)
+    monkeypatch.setattr(contrast, "product_dtype", lambda dtype: jnp.bfloat16)
+    narrow = jax.jit(lambda inputs: _graded.__wrapped__(inputs))  # not the compiled float32 version
+    loss, *_, by_embedding, _ = narrow(inputs)
+    assert loss != expected
+    np.testing.assert_allclose(loss, expected, rtol=2e-3)
+    np.testing.assert_allclose(by_embedding, gradient, atol=0.02 * np.abs(gradient).max())
+    assert by_embedding.dtype == gradient.dtype
+
+
+def test_the_effective_number_of_many_negatives_does_not_overflow():
+    positions = jnp.repeat(jnp.arange(2), 25_000)
+    np.testing.assert_allclose(contrast.effective_number(positions, jnp.ones(50_000, bool)), 2)
 
 
 def _keys(seed):

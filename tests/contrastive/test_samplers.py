@@ -13,6 +13,7 @@ from cast_jax.contrastive import contrast
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.contrastive.contrast import Anchors, CandidatePixels, draw_negatives
 from cast_jax.contrastive.cumulative import cumulate, running_sum
+from cast_jax.contrastive.loss import contrastive_loss
 from cast_jax.contrastive.samplers import number_of_slots, prepare_proposals
 from cast_jax.contrastive.scores import EXPECTED_ACCEPTANCE
 
@@ -78,7 +79,9 @@ CONFIGS = [
     {"sampler": "mixture_proposals", "map": "uniform"},
     {"sampler": "mixture_proposals", "slots": 128},  # about half of the rows stay short and are completed
     *({"sampler": "inverse_cdf", "score": score} for score in ("d", "d_squared", "d_sqrt")),
+    {"sampler": "inverse_cdf", "map": "uniform"},
     *({"sampler": "categorical", "score": score} for score in ("d", "d_squared", "d_sqrt")),
+    {"sampler": "categorical", "map": "uniform"},
 ]
 
 
@@ -91,6 +94,7 @@ def test_draws_follow_the_stated_distribution(options):
         assert not np.isin(drawn, INVALID).any()
         assert not np.any(drawn == ANCHORS[None, :, None])
         found = p_values(drawn, explicit_distribution(g_hat, config.sampling_score))
+        # Bonferroni: one of a thousand right versions of this whole test would fail.
         assert found.min() > SIGNIFICANCE / (len(ANCHORS) * len(MAP_SHAPES) * len(CONFIGS)), (shape, found)
 
 
@@ -148,3 +152,22 @@ def test_planned_slots():
             assert slots % 32 == 0
             assert stats.binom.cdf(negatives - 1, slots, rate) < 1e-4
     assert stats.binom.cdf(255, 640, 0.5) < 1e-6
+
+
+@pytest.mark.parametrize("score", ["d", "d_squared", "d_sqrt"])
+def test_planned_slots_leave_no_row_short(score):
+    """On every map, at the method's K: 80,000 rows, of which less than one in a million may be short."""
+    config = ContrastiveConfig(num_anchors=2048, score=score)
+
+    @jax.jit
+    def short_rows(g):
+        def one(key):
+            z, valid = jnp.ones((1, len(g), 2)), jnp.ones((1, len(g)), bool)
+            *_, metrics = contrastive_loss(key, config, z_weak=z, z_strong=z, g=g[None], valid=valid)
+            return metrics["contrastive/short_rows"]
+
+        short, rows = jax.lax.map(one, jax.random.split(jax.random.key(0), 8))
+        return jnp.sum(short), jnp.sum(rows)
+
+    for shape in MAP_SHAPES:
+        assert short_rows(make_map(shape, 2048)) == (0, 8 * 2048), shape

@@ -156,6 +156,17 @@ def test_weights_of_another_model_are_not_replaced(tmp_path):
     assert (folder / "model.safetensors").read_bytes() == held
 
 
+@pytest.mark.parametrize("content", ['{"mine": 1}', "[1]", "{oops", '{"converted": 3}'])
+def test_a_configuration_that_is_not_ours_is_not_replaced(content, tmp_path):
+    source = save_torch(tmp_path / "x.pth", official_dinov2("pretrained."))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text(content)
+    with pytest.raises(UserError, match="folder holds weights of another origin"):
+        convert("dinov2_s", source, tmp_path / "folder", encoder_changes())
+    assert [file.name for file in (tmp_path / "folder").iterdir()] == ["config.json"]
+    assert (tmp_path / "folder" / "config.json").read_text() == content
+
+
 def test_a_student_starts_from_it(tmp_path):
     """What ``config.init`` does: the parts are merged into a student, strictly."""
     source = save_torch(tmp_path / "x.pth", official_dinov2("pretrained.") | official_neck("depth_head."))

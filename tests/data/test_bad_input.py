@@ -246,6 +246,7 @@ def test_an_inspection_counts_and_compares(tmp_path):
     assert report["warnings"] == [
         "labelled: 1 images have more than 2 instances, which cuts 1",
         "labelled: 1 annotations have a bbox outside their image, which is not used: 3",
+        "labelled: 2 annotations are exact copies of another in their image: 1, 2",
         "labelled: 1 classes have no instance: ring",
         "val: 1 classes have no instance: ring",
         "labelled and unlabelled share 1 images: 1.png",

@@ -184,3 +184,26 @@ def test_images_of_two_sets_are_a_warning(tmp_path, caplog):
     ]
     assert "(2.png)" in warnings[1]
     assert warnings[1] in caplog.text
+
+
+def test_what_repeats_or_is_not_applied_is_a_warning(tmp_path):
+    """A picture and an annotation that are there twice, a second entry for one file, and a turned picture."""
+    _coco(tmp_path, "labelled", [2, 1, 1])
+    content = json.loads((tmp_path / "labelled.json").read_text())
+    content["images"].append(content["images"][2] | {"id": 9})
+    content["annotations"].append(content["annotations"][0] | {"id": "copy"})
+    (tmp_path / "labelled.json").write_text(json.dumps(content))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("0.png", "1.png"):
+        Image.fromarray(_NOISE).save(tmp_path / "labelled" / name, exif=exif if name == "1.png" else None)
+    source = Coco(tmp_path / "labelled.json")
+    assert source.copies == ("copy",)
+    expected = {
+        "labelled: 4 images show the same pixels as another: 0.png, 1.png, 2.png, 2.png",
+        "labelled: 1 images have an EXIF orientation, which is not applied: 1.png",
+        "labelled: 1 annotations are exact copies of another in their image: copy",
+    }
+    assert set(check_sources(source, None, None, max_instances=9).warnings) == expected
+    again = Subset(source, np.arange(len(source)))  # as a split hands it over
+    assert set(check_sources(again, None, None, max_instances=9).warnings) == expected

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from cast_jax.core.errors import DataError
+from cast_jax.data.checks import check_source
 from cast_jax.data.sources.cityscapes import CATEGORIES, Cityscapes
 
 # Row 0: road, a person group, a caravan, void. Row 1: two cars and a bicycle. Row 2: a train and a group of bicycles.
@@ -137,7 +138,7 @@ def test_wrong_kinds_of_annotation_are_refused(tmp_path):
 def test_a_truncated_annotation_is_refused(tmp_path):
     noise = np.random.default_rng(0).choice(_IDS.reshape(-1), (64, 64))
     _write(tmp_path, "ulm_000000_000019", noise)
-    path = Cityscapes(tmp_path, "train").label_path(0)
+    path = Cityscapes(tmp_path, "train").record(0).annotation
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(DataError, match="instanceIds"):
         Cityscapes(tmp_path, "train").instances(0)
@@ -146,3 +147,13 @@ def test_a_truncated_annotation_is_refused(tmp_path):
 def test_a_source_survives_pickling(root):
     copy = pickle.loads(pickle.dumps(Cityscapes(root, "train")))
     assert len(copy.instances(0)) == 4
+
+
+def test_annotations_that_are_links_out_are_told(root):
+    outside = root.parent / f"{root.name}_outside.png"
+    label = Cityscapes(root, "train").record(2).annotation
+    label.rename(outside)
+    label.symlink_to(outside)
+    source = Cityscapes(root, "train")
+    assert check_source("labelled", source, None).links_out == (source.record(2).file_name,)
+    assert check_source("unlabelled", Cityscapes(root, "train", labelled=False), None).links_out == ()

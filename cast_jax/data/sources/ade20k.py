@@ -96,7 +96,8 @@ class Ade20k:
     def record(self, index: int) -> ImageRecord:
         """The stem and the file of image ``index``."""
         path = self._paths[index]
-        return ImageRecord(path.stem, path, path.relative_to(self.root).as_posix())
+        label_path = self._label_path(path) if self.labelled else None
+        return ImageRecord(path.stem, path, path.relative_to(self.root).as_posix(), label_path)
 
     def image(self, index: int) -> UInt8[np.ndarray, "height width 3"]:
         """Image ``index``, RGB."""

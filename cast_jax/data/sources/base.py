@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import UInt8
@@ -36,11 +36,13 @@ class ImageRecord:
         ``<city>_<seq>_<frame>``, or the relative file name in a folder of images. Unique within a source.
       path: the image file.
       file_name: ``path`` relative to the source's root, with forward slashes.
+      annotation: the file below the same root that holds its masks, where every image has one of its own.
     """
 
     image_id: int | str
     path: Path
     file_name: str
+    annotation: Path | None = None
 
 
 class Source(Protocol):
@@ -126,11 +128,19 @@ def orientation(path: str | os.PathLike[str]) -> int:
 
 
 def leaves_folder(record: ImageRecord) -> bool:
-    """Whether an image is a link (or lies under one) to outside the folder that its file name is relative to."""
+    """Whether an image or its annotation is a link (or lies under one) to outside the folder of its file name."""
     root = record.path
     for _ in PurePosixPath(record.file_name).parts:
         root = root.parent
-    return not record.path.resolve().is_relative_to(root.resolve())
+    inside = root.resolve()
+    return any(file and not file.resolve().is_relative_to(inside) for file in (record.path, record.annotation))
+
+
+def noted(source: Source, attribute: str) -> Sequence[Any]:
+    """What the source under any subset has noted of its annotations: nothing, or an attribute such as ``faults``."""
+    while hasattr(source, "source"):
+        source = source.source
+    return getattr(source, attribute, ())
 
 
 def read_label_map(path: str | os.PathLike[str]) -> tuple[str, np.ndarray]:

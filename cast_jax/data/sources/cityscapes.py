@@ -99,15 +99,12 @@ class Cityscapes:
         """The stem ``<city>_<seq>_<frame>`` and the file of image ``index``."""
         stem = self._stems[index]
         file_name = f"leftImg8bit/{self.split}/{_city(stem)}/{stem}{_IMAGE_SUFFIX}"
-        return ImageRecord(stem, self.root / file_name, file_name)
+        label_file = f"gtFine/{self.split}/{_city(stem)}/{stem}{_LABEL_SUFFIX}"
+        return ImageRecord(stem, self.root / file_name, file_name, self.root / label_file if self.labelled else None)
 
     def image(self, index: int) -> UInt8[np.ndarray, "height width 3"]:
         """Image ``index``, RGB."""
         return read_image(self.record(index).path)
-
-    def label_path(self, index: int) -> Path:
-        """The ``_gtFine_instanceIds.png`` of image ``index``."""
-        return label_path(self.record(index))
 
     def instances(self, index: int) -> Instances:
         """The scored instances of image ``index``; groups, caravans and trailers become ``ignore``.
@@ -115,19 +112,13 @@ class Cityscapes:
         Raises:
           DataError: unlabelled, an unreadable annotation, another size than the image's, a class without instances.
         """
-        record, path = self.record(index), self.label_path(index)
-        if not self.labelled:
+        record = self.record(index)
+        if (path := record.annotation) is None:
             raise DataError(f"{record.path}: this Cityscapes source is unlabelled; open it with labelled=True")
         ids = _read_ids(path)
         if ids.shape != (size := image_size(record.path)):
             raise DataError(f"{path}: the annotation is {ids.shape} pixels (height, width), its image {size}")
         return instances_from_ids(ids, str(path))
-
-
-def label_path(record: ImageRecord) -> Path:
-    """The ``_gtFine_instanceIds.png`` of an image of this layout."""
-    *_, split, city, _ = record.path.parts
-    return record.path.parents[3] / "gtFine" / split / city / f"{record.image_id}{_LABEL_SUFFIX}"
 
 
 def instances_from_ids(ids: np.ndarray, where: str) -> Instances:

@@ -6,6 +6,7 @@ Format: https://cocodataset.org/#format-data (polygons in several parts, run len
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -44,6 +45,7 @@ class Coco:
 
     Attributes:
       faults: what is wrong with each annotation that was left out.
+      copies: the ids of annotations that repeat another's image, category and segmentation.
       boxes_outside: the ids of annotations whose ``bbox`` (which nothing here reads) leaves its image.
 
     Raises:
@@ -94,7 +96,8 @@ class Coco:
         image_of = {image_id: index for index, image_id in enumerate(self._ids)}
         by_image: list[list[tuple[int, bool, Any]]] = [[] for _ in self._ids]
         seen: set[str] = set()
-        faults, outside = [], []
+        contents: set[bytes] = set()
+        faults, outside, copies = [], [], []
         for i, entry in enumerate(entries):
             name = entry.get("id", f"number {i}")
             try:
@@ -106,10 +109,13 @@ class Coco:
                 continue
             seen.add(repr(name))
             by_image[index].append((label, bool(entry.get("iscrowd", 0)), shape))
+            content = _digest(index, label, shape)
+            copies += [name] if content in contents else []
+            contents.add(content)
             if _leaves(entry.get("bbox"), *map(int, self._sizes[index])):
                 outside.append(name)
         self._by_image = [tuple(of_image) for of_image in by_image]
-        self.faults, self.boxes_outside = tuple(faults), tuple(outside)
+        self.faults, self.boxes_outside, self.copies = tuple(faults), tuple(outside), tuple(copies)
         if faults and on_fault != "skip":
             listed = "\n  ".join(faults[:10])
             raise DataError(
@@ -278,6 +284,14 @@ def _checked(segmentation: Any, height: int, width: int) -> list[np.ndarray] | d
         if not np.all((points >= -MAX_OVERHANG) & (points <= np.array([width, height]) + MAX_OVERHANG)):
             raise ValueError(f"has vertices more than {MAX_OVERHANG:g} pixels outside its image of {height} x {width}")
     return segmentation
+
+
+def _digest(index: int, label: int, shape: list[np.ndarray] | dict[str, Any]) -> bytes:
+    """Of what one annotation says; copies have the same."""
+    content = hashlib.blake2b(f"{index} {label} ".encode(), digest_size=16)
+    for part in shape if isinstance(shape, list) else [shape["counts"]]:
+        content.update(part if isinstance(part, bytes) else str(part).encode() if isinstance(part, str) else part.data)
+    return content.digest()
 
 
 def _leaves(box: Any, height: int, width: int) -> bool:
