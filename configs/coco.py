@@ -21,7 +21,7 @@ def get_config(argument: str = "cast"):
     common.student_parts(config, arguments)
     side = arguments.size or (518 if arguments.encoder.startswith("dinov2") else 448)
     config.data.image_size = (side, side)
-    config.data.update({"labelled": "", "unlabelled": "", "val": "", "labelled_images": "", "val_images": ""})
+    config.data.update(common.COCO)
     if arguments.smoke:
         common.smoke(config)
     common.teacher(config, arguments)

@@ -22,6 +22,10 @@ PIPELINE = (
 )
 
 
+# Own data: ``split`` divides ``labelled``; without ``unlabelled`` the rest of it is the pool.
+COCO = {"labelled": "", "unlabelled": "", "val": "", "labelled_images": "", "val_images": "", "split": ""}
+
+
 def parse_arguments(
     text: str, steps: tuple[str, ...] = STEPS, **defaults: bool | int | float | str
 ) -> FrozenConfigDict:

@@ -14,7 +14,7 @@ def get_config(argument: str = "cast"):
     arguments = common.parse_arguments(argument, teacher="")
     config = common.base(arguments, "configs/nuclei.py")
     config.data.kind = "coco"
-    config.data.update({"labelled": "", "unlabelled": "", "val": "", "labelled_images": "", "val_images": ""})
+    config.data.update(common.COCO)
     if arguments.smoke:
         common.smoke(config)
         common.teacher(config, arguments, default="")

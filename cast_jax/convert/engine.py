@@ -189,7 +189,11 @@ def converted(checkpoint: Checkpoint, plan: Mapping[str, Origin]) -> Iterator[np
     for origin in plan.values():
         array = np.ascontiguousarray(origin.convert(checkpoint.read(origin.key)), np.float32)
         if not np.isfinite(array).all():
-            raise UserError(f"{checkpoint.path}: {origin.key} has values that are not finite; the training diverged")
+            dtype = checkpoint.dtypes[origin.key]
+            raise UserError(
+                f"{checkpoint.path}: {origin.key} ({dtype}) has values that are not finite: the training diverged, or "
+                "they were too large for their type when they were saved"
+            )
         yield array
 
 

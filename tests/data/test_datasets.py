@@ -9,6 +9,8 @@ import pytest
 
 from cast_jax.core.errors import DataError
 from cast_jax.data.datasets import Datasets, open_datasets
+from cast_jax.data.splits import Split, write_split
+from configs import common
 
 GENERATED = {"train": 6, "val": 2, "source": 3, "image_size": (32, 64), "seed": 0}
 NOTHING = {"train": 0, "val": 0, "source": 0, "image_size": (32, 64), "seed": 0}
@@ -16,7 +18,7 @@ NOTHING = {"train": 0, "val": 0, "source": 0, "image_size": (32, 64), "seed": 0}
 
 def settings(kind: str, generated=GENERATED, **changes) -> dict[str, Any]:
     own = {
-        "coco": {"labelled": "", "unlabelled": "", "val": "", "labelled_images": "", "val_images": ""},
+        "coco": common.COCO,
         "cityscapes": {"root": "", "split": "", "labelled": 2},
         "scenes": {"root": "", "split": "", "labelled": 2},
     }
@@ -103,6 +105,18 @@ def test_own_data_in_coco_json(tmp_path):
         open_datasets(settings("coco", NOTHING, **paths, labelled_images=str(tmp_path / "elsewhere")), tmp_path)
     swapped = {**paths, "labelled": paths["val"], "labelled_images": str(made / "val")}
     assert len(open_datasets(settings("coco", NOTHING, **swapped), tmp_path).labelled) == 2
+
+
+def test_own_data_with_a_split(tmp_path):
+    open_datasets(settings("coco"), tmp_path)
+    made = tmp_path / "data" / "coco"
+    whole = open_datasets(settings("coco"), tmp_path).labelled
+    split, paths = tmp_path / "split.json", {"labelled": str(made / "labelled.json"), "val": str(made / "val.json")}
+    write_split(split, Split((ids(whole)[1],), (ids(whole)[0],)), {})
+    for pool, unlabelled in (("", 1), (str(made / "unlabelled"), 4)):
+        datasets = open_datasets(settings("coco", NOTHING, **paths, unlabelled=pool, split=str(split)), tmp_path)
+        assert ids(datasets.labelled) == ids(whole)[1:]
+        assert sizes(datasets) == [1, unlabelled, 2]
 
 
 @pytest.mark.parametrize("kind", ["coco", "cityscapes"])
