@@ -1,6 +1,8 @@
 """Measures the costs that BENCHMARKS.md states. Each prints a Markdown table; ``--json FILE`` keeps the numbers.
 
 python scripts/benchmark.py contrastive      the contrastive loss with its gradient against PyTorch (needs torch)
+python scripts/benchmark.py samplers         the three samplers of negatives
+python scripts/benchmark.py gradient_noise   what sharing proposals does to the contrastive gradient
 python scripts/benchmark.py step             a whole update of the student against PyTorch (needs torch)
 python scripts/benchmark.py encoder          DINOv2-S and the DPT neck at 518 x 518 against PyTorch eager (needs torch)
 python scripts/benchmark.py loader           the data pipeline against torch's DataLoader (needs torch and torchvision)
@@ -21,6 +23,8 @@ import jax
 
 BENCHMARKS = {  # module and function
     "contrastive": ("contrastive", "contrastive"),
+    "samplers": ("contrastive", "samplers"),
+    "gradient_noise": ("contrastive", "gradient_noise"),
     "step": ("step", "student_step"),
     "encoder": ("encoder", "encoder"),
     "loader": ("loader", "loader"),

@@ -1,10 +1,11 @@
 """A small COCO set cut from the corners of another's images: what a model is to learn by heart.
 
-python scripts/crop_coco.py SOURCE.json DESTINATION.json [--images 8] [--side 128] [--min-area 30] [--max-instances 16]
+python scripts/crop_coco.py SOURCE.json DESTINATION.json [--images 8] [--side 128] [--min-area 30] [--min-instances 1]
+    [--max-instances 16]
 
-The first images, by id, whose top left squares of ``side`` pixels hold one to ``max-instances`` objects of at least
-``min-area`` pixels; smaller remains are left out. Pictures lie beside the JSON in the folder with its name, as
-configs/coco.py wants.
+The first images, by id, whose top left squares of ``side`` pixels hold ``min-instances`` to ``max-instances`` objects
+of at least ``min-area`` pixels; smaller remains are left out. Pictures lie beside the JSON in the folder with its name,
+as configs/coco.py wants.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--min-area", type=int, default=30)
+    parser.add_argument("--min-instances", type=int, default=1)
     parser.add_argument("--max-instances", type=int, default=16)
     options = parser.parse_args()
     source, side = Coco(options.source), options.side
@@ -39,7 +41,7 @@ def main() -> None:
         truth = source.instances(index)
         masks = [np.asarray(mask)[:side, :side] for mask in truth.masks]
         kept = [number for number, mask in enumerate(masks) if mask.sum() >= options.min_area]
-        if not 1 <= len(kept) <= options.max_instances or len(images) == options.images:
+        if not options.min_instances <= len(kept) <= options.max_instances or len(images) == options.images:
             continue
         name = f"{len(images):03d}.png"
         cv2.imwrite(str(folder / name), source.image(index)[:side, :side, ::-1])

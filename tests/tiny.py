@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from cast_jax.core.annotations import pack_masks
+from cast_jax.core.decoded import Decoded
 from cast_jax.models.segmenter import Prediction
 
 CLASSES, INSTANCES, SIZE = 3, 4, (32, 48)
@@ -25,6 +26,15 @@ def drawn(abstract: Any, scale: float = 0.1, seed: int = 0) -> Any:
     """Random parameters of these shapes, drawn by numpy: compiling the initialisers takes longer than most tests."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: jnp.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype), abstract)
+
+
+def decoded(mask_logits: Any, class_logits: Any) -> Decoded:
+    """Layers with these logits, ``[layers, batch, queries, ...]``: a channel of the features for each mask."""
+    layers, batch, queries, height, width = mask_logits.shape
+    features = jnp.moveaxis(mask_logits, (1, 3, 4), (0, 1, 2)).reshape(batch, height, width, layers * queries)
+    one_each = jnp.eye(layers * queries).reshape(layers, queries, -1)
+    embeddings = jnp.broadcast_to(one_each, (batch, *one_each.shape))
+    return Decoded(embeddings, features, jnp.moveaxis(class_logits, 1, 0))
 
 
 def view(batch: int, seed: int) -> dict[str, np.ndarray]:
@@ -68,11 +78,14 @@ class Linear(nnx.Module):
     queries = 5
 
     def __init__(self, rngs: nnx.Rngs, classes: int = CLASSES):
-        self.masks = nnx.Linear(3, self.queries, rngs=rngs)
+        self.masks = nnx.Linear(4, self.queries, use_bias=False, rngs=rngs)
         self.classes = nnx.Linear(3, self.queries * (classes + 1), rngs=rngs)
 
     def __call__(self, images, *, rngs=None):
         batch, height, width, _ = images.shape
         squares = images.reshape(batch, height // 8, 8, width // 8, 8, 3).mean((2, 4))
-        classes = self.classes(squares.mean((1, 2))).reshape(batch, self.queries, -1)
-        return Prediction(jnp.moveaxis(self.masks(squares), -1, 1), classes, squares)
+        classes = self.classes(squares.mean((1, 2))).reshape(batch, 1, self.queries, -1)
+        features = jnp.pad(squares, ((0, 0),) * 3 + ((0, 1),), constant_values=1.0)
+        embeddings = jnp.broadcast_to(self.masks.kernel[...].T, (batch, 1, self.queries, 4))
+        layers = Decoded(embeddings, features, classes)
+        return Prediction(layers.last_masks(), classes[:, 0], squares, layers)

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from cast_jax.contrastive.cumulative import Cumulative, cumulate, first_above, pick, running_sum
 from cast_jax.contrastive.peers import ALONE, Peers
 from cast_jax.contrastive.scores import EXPECTED_ACCEPTANCE, CandidateMap, debias_score, envelope, spread
+from cast_jax.core.selection import running_count
 
 SAMPLERS = ("mixture_proposals", "inverse_cdf", "categorical")
 
@@ -143,18 +144,6 @@ class SharedDraws(NamedTuple):
     """How many slots each anchor accepted. Below K the row is short: draw it anew with a row sampler."""
 
 
-def _running_count(flags: Bool[Array, "rows n"]) -> Int[Array, "rows n"]:
-    """Cumulative sum of flags along rows whose length divides by 32, by counting the bits of packed words."""
-    rows, n = flags.shape
-    position = jnp.arange(32, dtype=jnp.uint32)
-    bits = flags.reshape(rows, n // 32, 32).astype(jnp.uint32) << position
-    words = jnp.sum(bits, axis=-1, dtype=jnp.uint32)
-    earlier = jnp.triu(jnp.ones((n // 32, n // 32), jnp.float32), 1)
-    before = jax.lax.population_count(words).astype(jnp.float32) @ earlier  # at most 32 each: exact at any precision
-    inside = jax.lax.population_count(words[..., None] & ((jnp.uint32(2) << position) - 1))
-    return (before[..., None].astype(jnp.int32) + inside.astype(jnp.int32)).reshape(rows, n)
-
-
 def mixture_proposals(
     key: PRNGKeyArray,
     anchors: Float[Array, "anchors dim"],
@@ -194,6 +183,6 @@ def mixture_proposals(
     coin = jax.random.uniform(key, (num_anchors, 1, slots))
     hit = (coin >= start) & (coin < start + share * ratio)
 
-    rank = _running_count(jnp.any(hit, axis=1))
+    rank = running_count(jnp.any(hit, axis=1))
     taken = hit & (rank <= num_negatives)[:, None, :]
     return SharedDraws(taken.reshape(num_anchors, -1), rank[:, -1])

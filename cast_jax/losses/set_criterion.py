@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from cast_jax.core.config import check_ranges
+from cast_jax.core.decoded import Decoded
 from cast_jax.core.geometry import bilinear_sample
+from cast_jax.core.selection import nearest_to_zero
 from cast_jax.losses.matching import match_all
 
-Layers = tuple[tuple[Float[Array, "batch queries h w"], Float[Array, "batch queries classes+1"]], ...]
 Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 
 
@@ -73,7 +74,7 @@ class Targets:
 
 def set_criterion(
     key: PRNGKeyArray,
-    layers: Layers,
+    layers: Decoded,
     targets: Targets,
     config: CriterionConfig,
     instances: Float[Array, ""] | None = None,
@@ -82,7 +83,7 @@ def set_criterion(
 
     Args:
       key: draws the points; unused when ``config.num_points`` is None.
-      layers: (mask_logits, class_logits) of every supervised layer, the final one last.
+      layers: what every supervised layer predicts, the final one last.
       targets: what to match.
       config: weights and sampling.
       instances: see :func:`set_loss`.
@@ -90,47 +91,46 @@ def set_criterion(
     Returns:
       See :func:`set_loss`.
     """
-    keys = point_keys(key, len(targets.labels), len(layers))
-    return set_loss(set_terms(keys, layers, targets, config), targets.valid, layers[0][1].shape[1], config, instances)
+    images, number, queries, _ = layers.embeddings.shape
+    keys = point_keys(key, images, number)
+    return set_loss(set_terms(keys, layers, targets, config), targets.valid, queries, config, instances)
 
 
 def point_keys(key: PRNGKeyArray, images: int, layers: int) -> PRNGKeyArray:
-    """``[images, layers, 2]`` keys: for the points of the matching, and of the loss."""
-    return jax.random.split(key, (images, layers, 2))
+    """``[images, 1 + layers]`` keys: for the points of the matching, and of the loss in each layer."""
+    return jax.random.split(key, (images, 1 + layers))
 
 
 @jax.named_scope("criterion")
 def set_terms(
-    keys: PRNGKeyArray, layers: Layers, targets: Targets, config: CriterionConfig
+    keys: PRNGKeyArray, layers: Decoded, targets: Targets, config: CriterionConfig
 ) -> dict[str, tuple[Float[Array, "images layers"], Float[Array, "images layers"]]]:
     """The terms "class", "mask" and "dice" of each image in each layer, unweighted, as (sum, count).
 
-    Layers are computed one after another by one compiled body: unrolled, they would take minutes to compile.
+    Whole masks are formed of the matched queries only. All layers are matched at the same points (chosen; Mask2Former
+    draws new ones for each). Layers are computed one after another by one compiled body: unrolled, they would take
+    minutes to compile.
 
     Args:
       keys: see :func:`point_keys`.
       layers, targets, config: see :func:`set_criterion`.
     """
-    masks, classes = (jnp.stack(logits) for logits in zip(*layers, strict=True))
-    keys = jnp.moveaxis(keys, 0, -1)  # [layers, 2, images]
-    maps = _target_maps(targets, (masks.shape[-2], masks.shape[-1]))
-    in_float32 = lambda logits: logits.astype(jnp.float32)
-
-    def costs_of(layer: tuple[Array, ...]) -> Array:
-        keys, masks, classes = layer
-        of_image = jax.vmap(functools.partial(_matching_cost, config=config))
-        return of_image(keys, in_float32(masks), in_float32(classes), targets, maps)
+    maps = _target_maps(targets, (layers.features.shape[1], layers.features.shape[2]))
+    fixed = jax.lax.stop_gradient(layers)
+    by_layer = lambda array: jnp.moveaxis(array, 1, 0)
+    with jax.named_scope("matching"):
+        queries, matched = match_all(_matching_costs(keys[:, 0], fixed, targets, maps, config), targets.valid)
+        free = by_layer(_outside_ignore(fixed, maps[1]))
+    chosen = jnp.take_along_axis(by_layer(layers.embeddings), queries[..., None], axis=2)
+    masks = jnp.einsum("lbid,bhwd->lbihw", chosen, layers.features, preferred_element_type=jnp.float32)
 
     def terms_of(layer: tuple[Array, ...]) -> Metrics:
-        keys, masks, classes, queries, matched = layer
+        keys, masks, classes, *rest = layer
         of_image = jax.vmap(functools.partial(_image_terms, config=config))
-        return of_image(keys, in_float32(masks), in_float32(classes), targets, maps, queries, matched)
+        return of_image(keys, masks, classes, targets, maps, *rest)
 
-    with jax.named_scope("matching"):
-        logits = jax.lax.stop_gradient((masks, classes))
-        queries, matched = match_all(jax.lax.map(costs_of, (keys[:, 0], *logits)), targets.valid)
-    terms = jax.lax.map(terms_of, (keys[:, 1], masks, classes, queries, matched))
-    return jax.tree.map(jnp.transpose, terms)
+    operands = (by_layer(keys[:, 1:]), masks, by_layer(layers.class_logits), queries, matched, free)
+    return jax.tree.map(jnp.transpose, jax.lax.map(terms_of, operands))
 
 
 def set_loss(
@@ -225,18 +225,20 @@ def _shrink(maps: Bool[Array, "*batch height width"], size: tuple[int, int]) -> 
     return jax.image.resize(maps.astype(jnp.float32), (*maps.shape[:-2], *size), method="linear", antialias=True)
 
 
-def _image_terms(key, mask_logits, class_logits, targets: Targets, maps, query, matched, config) -> Metrics:
-    """Loss terms of one image in one layer, given the matched query of each instance."""
+def _image_terms(key, mask_logits, class_logits, targets: Targets, maps, query, matched, free, config) -> Metrics:
+    """Loss terms of one image in one layer: masks of each instance's matched query, classes of all queries.
+
+    ``free`` is False for queries that are not to be called "no object".
+    """
     weight = jnp.where(matched, targets.weights, 0.0)
     count = jnp.sum(matched).astype(jnp.float32)
-    bce, dice = _mask_terms(key, mask_logits[query], targets, maps, config)
+    bce, dice = _mask_terms(key, mask_logits, targets, maps, config)
 
     num_classes = class_logits.shape[-1] - 1
     # Unmatched instances write out of bounds, which `mode="drop"` discards.
     slot = jnp.where(matched, query, class_logits.shape[0])
     classes = jnp.full(class_logits.shape[0], num_classes).at[slot].set(targets.labels, mode="drop")
-    class_weights = jnp.full(class_logits.shape[0], config.no_object_weight)
-    class_weights = class_weights * _outside_ignore(mask_logits, maps[1])
+    class_weights = jnp.where(free, config.no_object_weight, 0.0)
     class_weights = class_weights.at[slot].set(targets.weights, mode="drop")
     cross_entropy = -jnp.take_along_axis(jax.nn.log_softmax(class_logits), classes[:, None], axis=1)[:, 0]
     return {
@@ -262,28 +264,41 @@ def _mask_terms(key, logits, targets: Targets, maps, config) -> tuple[Array, Arr
     return bce, _dice_loss(logits, labels, care)
 
 
-def _outside_ignore(mask_logits, soft_ignore):
-    """0 for queries whose mask lies mostly on ignored pixels: calling them "no object" would be a false lesson."""
-    # One pixel in sixteen tells where most of a mask lies, and the sigmoid of every pixel of every query is dear.
-    mask_logits, soft_ignore = mask_logits[:, ::4, ::4], soft_ignore[::4, ::4]
-    probability = jax.nn.sigmoid(jax.lax.stop_gradient(mask_logits))
-    inside = jnp.sum(probability * soft_ignore, axis=(1, 2))
-    return jnp.where(inside > 0.5 * jnp.sum(probability, axis=(1, 2)), 0.0, 1.0)
+def _outside_ignore(layers: Decoded, soft_ignore: Float[Array, "batch h w"]) -> Bool[Array, "batch layers queries"]:
+    """False for queries whose mask lies mostly on ignored pixels: calling them "no object" would be a false lesson."""
+    # One pixel in sixteen tells where most of a mask lies.
+    features, ignored = layers.features[:, ::4, ::4], soft_ignore[:, ::4, ::4]
+    logits = jnp.einsum("blqd,bhwd->blqhw", layers.embeddings, features, preferred_element_type=jnp.float32)
+    probability = jax.nn.sigmoid(logits)
+    inside = jnp.einsum("blqhw,bhw->blq", probability, ignored)
+    return inside <= 0.5 * jnp.sum(probability, axis=(-2, -1))
 
 
-def _matching_cost(key, mask_logits, class_logits, targets: Targets, maps, config):
-    """The same costs as the loss, on one set of points for all pairs: ``[queries, instances]``, no gradient."""
+def _matching_costs(
+    keys: PRNGKeyArray, layers: Decoded, targets: Targets, maps: tuple[Array, Array], config: CriterionConfig
+) -> Float[Array, "layers batch queries instances"]:
+    """The same costs as the loss, on one set of points for all pairs of an image; no gradient."""
     soft_masks, soft_ignore = maps
     if config.num_points is None:
-        logits = mask_logits[:, ::2, ::2].reshape(mask_logits.shape[0], -1)
-        labels = soft_masks[:, ::2, ::2].reshape(soft_masks.shape[0], -1)
-        care = 1.0 - soft_ignore[::2, ::2].reshape(-1)
+        flat = lambda maps, axis: maps.reshape(*maps.shape[:axis], -1, *maps.shape[axis + 2 :])
+        features = flat(layers.features[:, ::2, ::2], 1)
+        labels, care = flat(soft_masks[:, :, ::2, ::2], 2), 1.0 - flat(soft_ignore[:, ::2, ::2], 1)
     else:
-        points = jax.random.uniform(key, (config.num_points, 2))
-        logits = _sample(mask_logits, points).T
-        labels = _sample(targets.masks, points).T
-        care = 1.0 - _sample(targets.ignore[None], points)[:, 0]
-    class_cost = -jax.nn.softmax(class_logits)[:, targets.labels]
+        shape = (config.num_points,)
+        points = jax.vmap(lambda key: _uniform_points(key, shape))(keys)
+        size = jnp.array(layers.features.shape[1:3], points.dtype)
+        features = jax.vmap(bilinear_sample)(layers.features, points * size)
+        labels = jnp.swapaxes(jax.vmap(_sample)(targets.masks, points), 1, 2)
+        care = 1.0 - jax.vmap(_sample)(targets.ignore[:, None], points)[..., 0]
+    logits = jnp.einsum("blqd,bpd->lbqp", layers.embeddings, features, preferred_element_type=jnp.float32)
+    of_image = jax.vmap(functools.partial(_matching_cost, config=config))
+    classes = jnp.moveaxis(layers.class_logits, 1, 0)
+    return jax.lax.map(lambda layer: of_image(layer[0], layer[1], targets.labels, labels, care), (logits, classes))
+
+
+def _matching_cost(logits, class_logits, classes, labels, care, config) -> Float[Array, "queries instances"]:
+    """Of one image in one layer: mask logits ``[queries, points]`` against labels ``[instances, points]``."""
+    class_cost = -jax.nn.softmax(class_logits)[:, classes]
     # softplus(x) - x y is the cross-entropy; split so that pairs are one matrix product.
     mask_cost = (jnp.sum(jax.nn.softplus(logits) * care, -1)[:, None] - (logits * care) @ labels.T) / jnp.maximum(
         jnp.sum(care), 1.0
@@ -322,9 +337,14 @@ def _uncertain_points(key, logits: Float[Array, "maps h w"], config: CriterionCo
     candidate_key, uniform_key = jax.random.split(key)
     num_candidates = int(config.num_points * config.oversample)
     num_uncertain = int(config.num_points * config.importance)
-    candidates = jax.random.uniform(candidate_key, (logits.shape[0], num_candidates, 2))
-    uncertainty = -jnp.abs(_sample_each(jax.lax.stop_gradient(logits), candidates))
-    best = jax.lax.top_k(uncertainty, num_uncertain)[1]
+    candidates = _uniform_points(candidate_key, (logits.shape[0], num_candidates))
+    best = nearest_to_zero(_sample_each(jax.lax.stop_gradient(logits), candidates), num_uncertain)
     uncertain = jnp.take_along_axis(candidates, best[..., None], axis=1)
-    uniform = jax.random.uniform(uniform_key, (logits.shape[0], config.num_points - num_uncertain, 2))
+    uniform = _uniform_points(uniform_key, (logits.shape[0], config.num_points - num_uncertain))
     return jnp.concatenate([uncertain, uniform], axis=1)
+
+
+def _uniform_points(key, shape: tuple[int, ...]) -> Float[Array, "*shape 2"]:
+    """Points in the unit square, 16 bits a coordinate: more would cost a second random number."""
+    bits = jax.random.bits(key, shape, jnp.uint32)
+    return jnp.stack([bits >> 16, bits & 0xFFFF], axis=-1).astype(jnp.float32) / 2.0**16

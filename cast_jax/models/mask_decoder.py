@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from cast_jax.core.config import check_ranges
+from cast_jax.core.decoded import Decoded
 from cast_jax.core.errors import UserError
 from cast_jax.core.geometry import bilinear_sample, pixel_centres
 from cast_jax.models.layers import LayerNorm
@@ -130,7 +131,7 @@ class MLP(nnx.Module):
 
 
 class MaskDecoder(nnx.Module):
-    """Turns a feature pyramid into mask and class logits by query, one prediction before and after every layer."""
+    """Turns a feature pyramid into mask and class logits by query."""
 
     def __init__(self, config: MaskDecoderConfig, feature_dim: int, num_classes: int, *, dtype, rngs: nnx.Rngs):
         dim = config.hidden_dim
@@ -158,7 +159,7 @@ class MaskDecoder(nnx.Module):
         pyramid: list[Float[Array, "batch _ _ features"]],
         *,
         rngs: nnx.Rngs | None = None,
-    ) -> tuple[tuple[Array, Array], ...]:
+    ) -> Decoded:
         """Decodes.
 
         Args:
@@ -167,8 +168,7 @@ class MaskDecoder(nnx.Module):
           rngs: feeds dropout; None for none.
 
         Returns:
-          (mask_logits ``[batch, queries, h, w]``, class_logits ``[batch, queries, classes + 1]``) before the first
-          layer and after each, float32.
+          What is predicted before the first layer and after each.
 
         Raises:
           ValueError: the pyramid has fewer than ``num_levels`` maps.
@@ -177,11 +177,11 @@ class MaskDecoder(nnx.Module):
         if len(pyramid) < config.num_levels:
             raise ValueError(f"mask decoder: num_levels={config.num_levels}, but the pyramid has {len(pyramid)} maps")
         batch, height, width, _ = pixel_map.shape
-        mask_features = self.mask_features(pixel_map)
         anchors = self._anchors(height, width)
+        mask_features = self._mask_features(pixel_map)
         queries, positions = self._initial_queries(pixel_map, anchors)
 
-        keys, values, sizes = [], [], []
+        keys, values, seen = [], [], []
         for level in range(config.num_levels):
             source = pyramid[level]
             rows, columns = source.shape[1:3]
@@ -190,16 +190,19 @@ class MaskDecoder(nnx.Module):
             scale = jnp.array([height / rows, width / columns])
             keys.append(value + self._encode(pixel_centres(rows, columns) * scale, height, width))
             values.append(value)
-            sizes.append((rows, columns))
+            seen.append(_resize(mask_features, (rows, columns)))
 
         keep = self._draw_dropout(batch, queries.shape[1], rngs)
-        outputs = [self._predict(queries, mask_features, anchors)]
+        normed = [self.norm(queries)]
+        embeddings = [self._embed(normed[0], anchors)]
         for index, layer in enumerate(self.layers):
             level = index % config.num_levels
-            allowed = _attention_mask(outputs[-1][0], sizes[level])
+            allowed = _attention_mask(embeddings[-1], seen[level])
             queries = layer(queries, positions, keys[level], values[level], allowed, keep[index])
-            outputs.append(self._predict(queries, mask_features, anchors))
-        return tuple(outputs)
+            normed.append(self.norm(queries))
+            embeddings.append(self._embed(normed[-1], anchors))
+        class_logits = self.class_head(jnp.stack(normed, axis=1)).astype(jnp.float32)
+        return Decoded(jnp.stack(embeddings, axis=1), mask_features, class_logits)
 
     def _draw_dropout(self, batch: int, queries: int, rngs: nnx.Rngs | None) -> Sequence[Array | None]:
         """What dropout keeps in each layer, drawn at once: a generator for each of 36 masks takes long to compile."""
@@ -235,19 +238,20 @@ class MaskDecoder(nnx.Module):
         broadcast = lambda x: jnp.broadcast_to(x, (batch, num_queries, dim))
         return broadcast(content), broadcast(positions)
 
-    def _predict(self, queries, mask_features, anchors):
-        normed = self.norm(queries)
-        class_logits = self.class_head(normed).astype(jnp.float32)
+    def _embed(self, normed, anchors):
+        """What of the queries is multiplied with the mask features."""
         embedding = self.mask_head(normed) / math.sqrt(self.config.mask_dim)
-        if anchors is not None:
-            # The prior is four more channels of the same product, in float32: squares of coordinates need it.
-            prior = self._prior_embedding(self.prior_head(normed), anchors)
-            embedding = jnp.concatenate([embedding.astype(jnp.float32), prior], axis=-1)
-            mask_features = jnp.concatenate(
-                [mask_features.astype(jnp.float32), self._prior_features(mask_features.shape[:3])], axis=-1
-            )
-        mask_logits = jnp.einsum("bqd,bhwd->bqhw", embedding, mask_features, preferred_element_type=jnp.float32)
-        return mask_logits, class_logits
+        if anchors is None:
+            return embedding
+        # The prior is four more channels of the same product, in float32: squares of coordinates need it.
+        prior = self._prior_embedding(self.prior_head(normed), anchors)
+        return jnp.concatenate([embedding.astype(jnp.float32), prior], axis=-1)
+
+    def _mask_features(self, pixel_map):
+        features = self.mask_features(pixel_map)
+        if not self.config.query_stride:
+            return features
+        return jnp.concatenate([features.astype(jnp.float32), self._prior_features(*features.shape[:3])], axis=-1)
 
     def _prior_embedding(self, raw, anchors) -> Float[Array, "batch queries 4"]:
         """Coefficients of ``1 - sharpness |position - centre|^2``, in cells: positive within a cell before training."""
@@ -257,19 +261,24 @@ class MaskDecoder(nnx.Module):
         constant = 1.0 - sharpness * jnp.sum(centre**2, axis=-1, keepdims=True)
         return jnp.concatenate([-sharpness, 2.0 * sharpness * centre, constant], axis=-1)
 
-    def _prior_features(self, shape: tuple[int, int, int]) -> Float[Array, "batch h w 4"]:
+    def _prior_features(self, batch: int, height: int, width: int) -> Float[Array, "batch h w 4"]:
         """``(|position|^2, y, x, 1)`` of every pixel, in cells: what the coefficients multiply."""
-        batch, height, width = shape
         position = pixel_centres(height, width) / self.config.query_stride
         square = jnp.sum(position**2, axis=-1, keepdims=True)
         features = jnp.concatenate([square, position, jnp.ones_like(square)], axis=-1)
         return jnp.broadcast_to(features.reshape(height, width, 4), (batch, height, width, 4))
 
 
-def _attention_mask(mask_logits, size: tuple[int, int]) -> Bool[Array, "batch queries keys"]:
+def _resize(features: Float[Array, "batch h w dim"], size: tuple[int, int]) -> Float[Array, "batch keys dim"]:
+    """The mask features at a level's pixels: their product there is what resized mask logits would be."""
+    shape = (features.shape[0], *size, features.shape[-1])
+    resized = jax.image.resize(jax.lax.stop_gradient(features), shape, "linear", antialias=False)
+    return resized.reshape(shape[0], -1, shape[-1])
+
+
+def _attention_mask(
+    embedding: Float[Array, "batch queries dim"], features: Float[Array, "batch keys dim"]
+) -> Bool[Array, "batch queries keys"]:
     """Keys inside the predicted mask; a query whose mask is empty at this level may read everything."""
-    resized = jax.image.resize(
-        jax.lax.stop_gradient(mask_logits), (*mask_logits.shape[:2], *size), "linear", antialias=False
-    )
-    allowed = (resized > 0).reshape(*mask_logits.shape[:2], -1)
+    allowed = jnp.einsum("bqd,bkd->bqk", jax.lax.stop_gradient(embedding), features) > 0
     return allowed | ~jnp.any(allowed, axis=-1, keepdims=True)

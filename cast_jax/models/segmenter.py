@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from cast_jax.core.decoded import Decoded
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -20,14 +22,14 @@ class Prediction:
       mask_logits: ``[batch, queries, h, w]`` at the resolution of the pixel features.
       class_logits: ``[batch, queries, classes + 1]``; the last class is "no object".
       pixel_features: ``[batch, h, w, channels]``, what the contrastive projection reads.
-      aux: (mask_logits, class_logits) of the earlier decoder layers, for deep supervision.
+      layers: what all decoder layers predict, the final one last, for deep supervision; None without a mask decoder.
       mask_quality: the IoU that the model itself expects of its masks; None where it has no opinion.
     """
 
     mask_logits: Float[Array, "batch queries h w"]
     class_logits: Float[Array, "batch queries classes+1"]
     pixel_features: Float[Array, "batch h w channels"]
-    aux: tuple[tuple[Float[Array, "batch queries h w"], Float[Array, "batch queries classes+1"]], ...] = ()
+    layers: Decoded | None = None
     mask_quality: Float[Array, "batch queries"] | None = None
 
 

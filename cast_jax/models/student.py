@@ -76,13 +76,13 @@ class Student(nnx.Module):
         with jax.named_scope("decoder"):
             finest, coarser = self.decoder(maps)
         with jax.named_scope("mask_decoder"):
-            outputs = self.mask_decoder(finest, coarser, rngs=rngs)
-        mask_logits, class_logits = outputs[-1]
+            decoded = self.mask_decoder(finest, coarser, rngs=rngs)
+            mask_logits = decoded.last_masks()
         return Prediction(
             mask_logits=mask_logits,
-            class_logits=class_logits,
+            class_logits=decoded.class_logits[:, -1],
             pixel_features=finest.astype(jnp.float32),
-            aux=outputs[:-1],
+            layers=decoded,
         )
 
 

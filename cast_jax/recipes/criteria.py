@@ -44,12 +44,13 @@ def view_losses(
     views = list(zip(predictions, keys, targets, instances, strict=True))
     if isinstance(predictions[0], GroundedPrediction):
         return [_of_detector_and_masks(*view, criteria) for view in views]
-    layers = [(*found.aux, (found.mask_logits, found.class_logits)) for found in predictions]
-    points = [point_keys(key, len(target.labels), len(layers[0])) for _, key, target, _ in views]
+    layers = [found.layers for found in predictions]
+    assert layers[0] is not None
+    _, number, queries, _ = layers[0].embeddings.shape
+    points = [point_keys(key, len(target.labels), number) for _, key, target, _ in views]
     # All views of all images at once: one program to compile.
     together = set_terms(join_batches(points), join_batches(layers), join_batches(targets), criteria.masks)
     terms = split_batches(together, [len(target.labels) for target in targets])
-    queries = layers[0][0][0].shape[1]
     return [
         set_loss(of_view, target.valid, queries, criteria.masks, count)
         for of_view, (_, _, target, count) in zip(terms, views, strict=True)

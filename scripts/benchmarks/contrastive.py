@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,25 +20,15 @@ from cast_jax.contrastive.loss import contrastive_loss
 def contrastive(repeats: int) -> list[dict[str, Any]]:
     """Loss and gradient at K = 256, embedding 128, all pixels or 1,024 of an image as anchors, against PyTorch.
 
-    PyTorch's versions run where their time stays below a minute or so; the reference sampler in the smallest case only.
+    PyTorch's versions run where their time stays below a minute or so.
     """
     literal_limit, blocked_limit = 2**28, 2**29  # anchors x pixels: 1 GiB of scores; about half a minute
+    cases = list(itertools.product((1, 8), (4_096, 16_384, 32_768), (109, 201), (1_024, None)))
     rows = []
-    for images, pixels, dim, anchors in (
-        (1, 4_096, 109, 1_024),
-        (1, 16_384, 109, 1_024),
-        (1, 32_768, 109, 1_024),
-        (1, 32_768, 201, 1_024),
-        (8, 16_384, 109, 1_024),
-        (1, 4_096, 109, None),
-        (1, 16_384, 109, None),
-        (1, 16_384, 201, None),
-        (1, 32_768, 109, None),
-        (1, 32_768, 109, 4_096),
-    ):
+    for images, pixels, dim, anchors in [*cases, (1, 32_768, 109, 4_096)]:
         case = _ContrastiveCase(images, pixels, dim, anchors)
         size = images**2 * (anchors or pixels) * pixels
-        variants: dict[str, Callable[[], Any]] = {"jax": case.ours("mixture_proposals")}
+        variants: dict[str, Callable[[], Any]] = {"jax": case.ours()}
         if size <= literal_limit:
             variants["literal"] = case.torch(torch_contrastive.literal)
         if size <= blocked_limit:
@@ -53,23 +44,44 @@ def contrastive(repeats: int) -> list[dict[str, Any]]:
             row[f"{name} / jax"] = round(times[name] / times["jax"], 1) if known else ""
         rows.append(row)
         print(row, flush=True)
-    small = _ContrastiveCase(1, 4_096, 109, 1_024)
-    for sampler in ("mixture_proposals", "inverse_cdf", "categorical"):
-        milliseconds = 1e3 * medians({sampler: small.ours(sampler)}, 1)[sampler]
-        print(f"{sampler}: {milliseconds:.0f} ms for 1 image of 4,096 pixels with 1,024 anchors", flush=True)
-    independent = _gradient_noise(ContrastiveConfig(sampler="inverse_cdf"))
-    for pools in (1, 8, 16, 32):
-        ratio = _gradient_noise(ContrastiveConfig(max_pools=pools)) / independent
-        print(
-            f"{pools} pools for 32 groups of 128 anchors: {ratio:.2f} x the independent draws' gradient noise",
-            flush=True,
-        )
     return rows
 
 
-def _gradient_noise(config: ContrastiveConfig, keys: int = 12) -> float:
-    """Standard deviation of the loss's gradient over draws, for 16 instances of 256 pixels in a row, half learned."""
-    rng, pixels, embedding = np.random.default_rng(0), 4_096, 128
+def samplers(repeats: int) -> list[dict[str, Any]]:
+    """The samplers with 1,024 anchors of one image; the reference, once, in the smallest case only."""
+    rows: list[dict[str, Any]] = []
+    for pixels in (4_096, 16_384, 32_768):
+        case = _ContrastiveCase(1, pixels, 109, 1_024)
+        times = medians({name: case.ours(sampler=name) for name in ("mixture_proposals", "inverse_cdf")}, repeats)
+        if not rows:
+            times |= medians({"categorical": case.ours(sampler="categorical")}, 1)
+        rows.append({"pixels": pixels} | {f"{name} ms": round(1e3 * seconds, 1) for name, seconds in times.items()})
+        print(rows[-1], flush=True)
+    return [rows[0] | dict.fromkeys(rows[0], "") | row for row in rows]
+
+
+def gradient_noise(repeats: int) -> list[dict[str, Any]]:
+    """Standard deviation of the gradient over draws, over that of independent draws, and the time, by pools.
+
+    All pixels of one image are anchors; ``repeats`` of the time only.
+    """
+    rows = []
+    for pixels, pools in ((4_096, (1, 8, 16, 32)), (16_384, (32, 64, 128))):
+        independent = _gradient_noise(pixels, ContrastiveConfig(sampler="inverse_cdf"))
+        times = medians(
+            {str(count): _ContrastiveCase(1, pixels, 109, None).ours(max_pools=count) for count in pools}, repeats
+        )
+        for count in pools:
+            noise = _gradient_noise(pixels, ContrastiveConfig(max_pools=count)) / independent
+            row = {"pixels": pixels, "groups": pixels // 128, "pools": count, "noise": round(noise, 2)}
+            rows.append(row | {"ms": round(1e3 * times[str(count)], 1)})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def _gradient_noise(pixels: int, config: ContrastiveConfig, keys: int = 12) -> float:
+    """Standard deviation of the loss's gradient over draws, for 16 instances, each in a row, half learned."""
+    rng, embedding = np.random.default_rng(0), 128
     instance = np.repeat(np.arange(16), pixels // 16)
     logits = 4 * rng.normal(size=(pixels, 109)) + 8 * np.eye(109)[instance]
     g = np.exp(logits - logits.max(-1, keepdims=True)).astype(np.float32)[None]
@@ -101,8 +113,8 @@ class _ContrastiveCase:
         self.z_weak, self.z_strong = (_unit(rng.normal(size=(images, pixels, self.embedding))) for _ in range(2))
         self.anchors = anchors
 
-    def ours(self, sampler: str) -> Callable[[], None]:
-        config = ContrastiveConfig(num_negatives=self.negatives, num_anchors=self.anchors, sampler=sampler)
+    def ours(self, **options: Any) -> Callable[[], None]:
+        config = ContrastiveConfig(num_negatives=self.negatives, num_anchors=self.anchors, **options)
         valid = jnp.ones(self.g.shape[:2], bool)
 
         def loss(z_weak, z_strong, g):

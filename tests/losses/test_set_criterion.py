@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
+from tiny import decoded
 
 from cast_jax.core.errors import UserError
 from cast_jax.losses.set_criterion import CriterionConfig, Targets, _uncertain_points, prompted_mask_loss, set_criterion
@@ -23,8 +24,7 @@ def dense(mask_logits, class_logits, targets):
     """((loss, metrics), gradients); arguments have a leading layer axis."""
 
     def loss(mask_logits, class_logits):
-        layers = tuple(zip(mask_logits, class_logits, strict=True))
-        return set_criterion(KEY, layers, targets, DENSE)
+        return set_criterion(KEY, decoded(mask_logits, class_logits), targets, DENSE)
 
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(mask_logits, class_logits)
 
@@ -236,8 +236,9 @@ def test_the_normaliser_is_global():
 
 def test_infinite_logits_do_not_reach_the_matching():
     mask_logits, class_logits = logits(0)
-    mask_logits[:, 0, 2] = np.nan
-    (_, metrics), _ = dense(mask_logits, class_logits, targets())
+    layers = decoded(mask_logits, class_logits)
+    broken = layers._replace(embeddings=layers.embeddings.at[0, :, 2].set(np.nan))
+    _, metrics = jax.jit(set_criterion, static_argnums=3)(KEY, broken, targets(), DENSE)
     assert float(metrics["mask"][1]) == 5.0  # still one-to-one: no instance is matched to the broken query
     assert np.isfinite(metrics["mask"][0])
 
@@ -247,7 +248,7 @@ def test_infinite_logits_do_not_reach_the_matching():
 
 def sampled(config: CriterionConfig):
     def loss(key, mask_logits, class_logits, target):
-        return set_criterion(key, ((mask_logits, class_logits),), target, config)[1]
+        return set_criterion(key, decoded(mask_logits[None], class_logits[None]), target, config)[1]
 
     return jax.jit(jax.vmap(loss, in_axes=(0, None, None, None)))
 

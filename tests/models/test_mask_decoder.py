@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from tiny import drawn
 
+from cast_jax.core.decoded import Decoded
 from cast_jax.core.rules import named_leaves
 from cast_jax.models.functional import Functional
-from cast_jax.models.mask_decoder import MaskDecoder, MaskDecoderConfig, _attention_mask, encode_positions
+from cast_jax.models.mask_decoder import MaskDecoder, MaskDecoderConfig, _attention_mask, _resize, encode_positions
 
 CLASSES, FEATURES = 3, 5
 SMALL = {"hidden_dim": 8, "mask_dim": 4, "num_heads": 2, "ffn_dim": 8, "num_layers": 2, "num_levels": 2}
@@ -33,11 +34,12 @@ def maps(batch: int = 2):
 def test_one_prediction_before_and_after_every_layer(config, queries):
     model = decoder(config)
     outputs = jax.eval_shape(model.apply, model.abstract(), *maps())
-    assert len(outputs) == config.num_layers + 1
-    for mask_logits, class_logits in outputs:
-        assert mask_logits.shape == (2, queries, HEIGHT, WIDTH)
-        assert class_logits.shape == (2, queries, CLASSES + 1)
-        assert mask_logits.dtype == class_logits.dtype == jnp.float32
+    assert outputs.embeddings.shape[:3] == outputs.class_logits.shape[:3] == (2, config.num_layers + 1, queries)
+    assert outputs.features.shape[:3] == (2, HEIGHT, WIDTH)
+    assert outputs.class_logits.shape[3] == CLASSES + 1
+    last = jax.eval_shape(Decoded.last_masks, outputs)
+    assert last.shape == (2, queries, HEIGHT, WIDTH)
+    assert last.dtype == outputs.class_logits.dtype == jnp.float32
 
 
 def test_half_precision_inside_float32_outside():
@@ -61,7 +63,8 @@ def test_the_spatial_prior_is_the_explicit_quadratic():
     params["mask_head"] = jax.tree.map(jnp.zeros_like, params["mask_head"])
     last = params["prior_head"]["layers"]["2"]
     last["kernel"], last["bias"] = jnp.zeros_like(last["kernel"]), jnp.array([0.3, -0.8, 0.4])
-    mask_logits = np.asarray(jax.jit(model.apply)(params, *maps())[0][0])
+    decoded = jax.jit(model.apply)(params, *maps())
+    mask_logits = np.asarray(decoded._replace(embeddings=decoded.embeddings[:, :1]).last_masks())
 
     anchors = np.array([[y, x] for y in (3.0, 9.0) for x in (10 / 3, 10.0, 50 / 3)])  # 2 x 3 cells of 6 x 6.67 pixels
     centres = anchors / 6 + 2 * np.tanh([0.3, -0.8])
@@ -73,10 +76,22 @@ def test_the_spatial_prior_is_the_explicit_quadratic():
 
 def test_attention_stays_inside_the_mask_unless_it_is_empty():
     masks = jnp.array([[[[1.0, -1.0], [-2.0, 3.0]], [[-1.0, -1.0], [-0.5, -2.0]], [[0.0, 0.0], [1e-3, -1.0]]]])
-    allowed = _attention_mask(masks, (2, 2))
+    one_each = jnp.eye(3)[None]
+    allowed = _attention_mask(one_each, _resize(jnp.moveaxis(masks, 1, -1), (2, 2)))
     assert allowed.tolist() == [[[True, False, False, True], [True] * 4, [False, False, True, False]]]
     # At a coarser level a mask may vanish: then all is allowed again.
-    assert _attention_mask(-5.0 + 6.0 * (jnp.arange(16).reshape(1, 1, 4, 4) == 5), (2, 2)).all()
+    small = (-5.0 + 6.0 * (jnp.arange(16) == 5)).reshape(1, 4, 4, 1)
+    assert _attention_mask(jnp.ones((1, 1, 1)), _resize(small, (2, 2))).all()
+
+
+def test_masks_are_resized_by_their_features():
+    """The product of resized features is the resized product: Mask2Former's attention mask."""
+    decoded = jax.jit(decoder(GRID).apply)(drawn(decoder(GRID).abstract(), 0.3), *maps())
+    masks = decoded.last_masks()
+    for size in ((3, 5), (6, 10), (12, 20)):
+        expected = jax.image.resize(masks, (*masks.shape[:2], *size), "linear", antialias=False)
+        found = jnp.einsum("bqd,bkd->bqk", decoded.embeddings[:, -1], _resize(decoded.features, size))
+        np.testing.assert_allclose(found, expected.reshape(found.shape), rtol=1e-4, atol=1e-4)
 
 
 def test_keys_outside_the_mask_are_not_read():
@@ -86,13 +101,13 @@ def test_keys_outside_the_mask_are_not_read():
     pixel_map, pyramid = maps(1)
     run = jax.jit(model.apply)
     before = run(params, pixel_map, pyramid)
-    allowed = np.asarray(_attention_mask(before[0][0], (3, 5)))[0]
+    allowed = np.asarray(_attention_mask(before.embeddings[:, 0], _resize(before.features, (3, 5))))[0]
 
     def change(key: int):
         """What a change of one pixel of the first level does to each prediction."""
         changed = pyramid[0].reshape(1, 15, FEATURES).at[0, key].add(3.0).reshape(1, 3, 5, FEATURES)
         after = run(params, pixel_map, [changed, *pyramid[1:]])
-        return [np.abs(np.asarray(new[1] - old[1])).max() for new, old in zip(after, before, strict=True)]
+        return np.abs(after.class_logits - before.class_logits).max(axis=(0, 2, 3)).tolist()
 
     assert allowed.any()
     assert not allowed.any(0).all()
@@ -105,7 +120,7 @@ def test_keys_outside_the_mask_are_not_read():
 def test_dropout_follows_its_key():
     model = decoder(LEARNED)
     params = drawn(model.abstract(), 0.3)
-    run = jax.jit(lambda params, key: model.apply(params, *maps(), key=key)[-1][1])
+    run = jax.jit(lambda params, key: model.apply(params, *maps(), key=key).class_logits)
     first, again, other = (run(params, jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert np.abs(np.asarray(first - other)).max() > 1e-3
@@ -121,7 +136,11 @@ def test_positions_are_sines_and_cosines_of_geometric_wavelengths():
 def test_every_parameter_is_used():
     model = decoder(GRID)
     params = drawn(model.abstract(), 0.3)
-    loss = lambda params: sum(jnp.sum(m**2) + jnp.sum(c**2) for m, c in model.apply(params, *maps()))
+
+    def loss(params):
+        decoded = model.apply(params, *maps())
+        return jnp.sum(decoded.last_masks() ** 2) + jnp.sum(decoded.class_logits**2)
+
     gradient = named_leaves(jax.jit(jax.grad(loss))(params))
     silent = [name for name, leaf in gradient.items() if not np.abs(leaf).max() > 0]
     assert silent == []

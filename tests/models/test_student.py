@@ -22,8 +22,10 @@ def test_masks_and_features_at_four_times_the_patch_grid(size):
     assert prediction.mask_logits.shape == (2, queries, rows, columns)
     assert prediction.class_logits.shape == (2, queries, 3 + 1)
     assert prediction.pixel_features.shape == (2, rows, columns, 8)
-    assert [[leaf.shape for leaf in layer] for layer in prediction.aux] == [
-        [prediction.mask_logits.shape, prediction.class_logits.shape]
+    assert [leaf.shape for leaf in prediction.layers] == [
+        (2, 2, queries, 8 + 4),
+        (2, rows, columns, 8 + 4),
+        (2, 2, queries, 3 + 1),
     ]
     assert {leaf.dtype for leaf in jax.tree.leaves(prediction)} == {jnp.dtype("float32")}
 

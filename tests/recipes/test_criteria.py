@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import decoded
 
 from cast_jax.losses.detection import DetectionConfig
 from cast_jax.losses.set_criterion import CriterionConfig, Targets, set_criterion
@@ -19,7 +20,8 @@ def view(seed: int, images: int) -> tuple[Prediction, Targets]:
     """Two layers of logits for ``images`` images with three slots, the last of them empty."""
     rng = np.random.default_rng(seed)
     masks, classes = rng.normal(0, 3, (2, images, 4, SIDE, SIDE)), rng.normal(0, 1, (2, images, 4, CLASSES + 1))
-    prediction = Prediction(jnp.float32(masks[1]), jnp.float32(classes[1]), None, aux=((masks[0], classes[0]),))
+    layers = decoded(np.float32(masks), np.float32(classes))
+    prediction = Prediction(layers.last_masks(), layers.class_logits[:, -1], None, layers)
     targets = Targets(
         masks=jnp.asarray(rng.random((images, 3, SIDE, SIDE)) < 0.3).at[:, 2].set(False),
         labels=jnp.asarray(rng.integers(0, CLASSES, (images, 3))),
@@ -39,8 +41,7 @@ def test_views_together_are_each_view_by_itself(instances):
     criteria = Criteria(config, DetectionConfig())
     together = jax.jit(lambda: view_losses(predictions, keys, targets, criteria, [instances] * 2))()
     for (loss, terms), prediction, target, key in zip(together, predictions, targets, keys, strict=True):
-        layers = (*prediction.aux, (prediction.mask_logits, prediction.class_logits))
-        alone, others = set_criterion(key, layers, target, config, instances)
+        alone, others = set_criterion(key, prediction.layers, target, config, instances)
         np.testing.assert_allclose(loss, alone, rtol=1e-5)
         jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-5), terms, others)
     assert together[0][0] != together[1][0]
