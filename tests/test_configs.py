@@ -237,7 +237,10 @@ def test_arguments_have_types():
             lambda c: c["steps"]["refine"]["train"].update(accumulate=3),
             r"config\.steps\.refine: a batch of 8 cannot be split over 1 devices and there into 3 micro-batches",
         ),
-        (lambda c: c["model"]["student"].update(encoder={"remat": "all"}), "remat 'all' is unknown; known: none, mlp,"),
+        (
+            lambda c: c["model"]["student"].update(encoder={"remat": "all"}),
+            "remat 'all' is unknown; known: none, element",
+        ),
     ],
 )
 def test_faults_are_found_before_the_first_step(change, message, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -110,12 +111,15 @@ class Attention(nnx.Module):
         self.query, self.key, self.value, self.out = linear(), linear(), linear(), linear()
         self.num_heads = config.num_heads
 
-    def __call__(self, tokens: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
-        def split(values: Array) -> Array:
-            return values.reshape(*values.shape[:2], self.num_heads, -1)
+    def project(self, tokens: Float[Array, "batch tokens dim"]) -> tuple[Float[Array, "batch tokens heads width"], ...]:
+        """Queries, keys and values."""
+        split = lambda values: values.reshape(*values.shape[:2], self.num_heads, -1)
+        return split(self.query(tokens)), split(self.key(tokens)), split(self.value(tokens))
 
-        mixed = attend(split(self.query(tokens)), split(self.key(tokens)), split(self.value(tokens)))
-        return self.out(mixed.reshape(tokens.shape))
+    def mix(self, *projected: Float[Array, "batch tokens heads width"]) -> Float[Array, "batch tokens dim"]:
+        """Attention between what :meth:`project` returns."""
+        mixed = attend(*projected)
+        return self.out(mixed.reshape(*mixed.shape[:2], -1))
 
 
 class Mlp(nnx.Module):
@@ -126,8 +130,13 @@ class Mlp(nnx.Module):
         self.fc1 = nnx.Linear(config.embed_dim, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.fc2 = nnx.Linear(hidden, config.embed_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, tokens: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
-        return self.fc2(jax.nn.gelu(self.fc1(tokens), approximate=False))
+    def expand(self, tokens: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens hidden"]:
+        """To the hidden width, before the activation."""
+        return self.fc1(tokens)
+
+    def contract(self, hidden: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens dim"]:
+        """The activation, and back."""
+        return self.fc2(jax.nn.gelu(hidden, approximate=False))
 
 
 class SwiGlu(nnx.Module):
@@ -139,8 +148,14 @@ class SwiGlu(nnx.Module):
         self.up = nnx.Linear(config.embed_dim, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.down = nnx.Linear(hidden, config.embed_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, tokens: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
-        return self.down(jax.nn.silu(self.gate(tokens)) * self.up(tokens))
+    def expand(self, tokens: Float[Array, "batch tokens dim"]) -> tuple[Float[Array, "batch tokens hidden"], ...]:
+        """Gate and values, before the activation."""
+        return self.gate(tokens), self.up(tokens)
+
+    def contract(self, hidden: tuple[Float[Array, "batch tokens hidden"], ...]) -> Float[Array, "batch tokens dim"]:
+        """The gated values, and back."""
+        gate, values = hidden
+        return self.down(jax.nn.silu(gate) * values)
 
 
 class Block(nnx.Module):
@@ -159,13 +174,12 @@ class Block(nnx.Module):
 
     def __call__(self, tokens: Float[Array, "batch tokens dim"], key: Array | None) -> Float[Array, "batch tokens dim"]:
         keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
-        branch = self.layer_scale1(dropout(self.attention(self.norm1(tokens)), self.dropout, keys[0]))
-        tokens = tokens + drop_path(branch, self.drop_path, keys[1])
-        return rematerialise(Block._feed_forward, self, tokens, keys[2:], when=self.remat == "mlp")
-
-    def _feed_forward(self, tokens: Array, keys: list[Array | None]) -> Array:
-        branch = self.layer_scale2(dropout(self.mlp(self.norm2(tokens)), self.dropout, keys[0]))
-        return tokens + drop_path(branch, self.drop_path, keys[1])
+        again = functools.partial(rematerialise, when=self.remat == "elementwise")
+        branch = self.attention.mix(*again(lambda self, x: self.attention.project(self.norm1(x)), self, tokens))
+        tokens = tokens + drop_path(self.layer_scale1(dropout(branch, self.dropout, keys[0])), self.drop_path, keys[1])
+        hidden = again(lambda self, x: self.mlp.expand(self.norm2(x)), self, tokens)
+        branch = again(lambda self, x: self.mlp.contract(x), self, hidden)
+        return tokens + drop_path(self.layer_scale2(dropout(branch, self.dropout, keys[2])), self.drop_path, keys[3])
 
 
 class DinoV2(nnx.Module):

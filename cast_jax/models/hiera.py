@@ -7,6 +7,7 @@ queries are the largest of each 2 x 2 positions, and its windows still have the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -163,11 +164,10 @@ class Block(nnx.Module):
         kept = largest(self.shortcut(normed)) if self.halves else features
         mixed = self._attend_within(normed, *kept.shape[1:3]) if self.window else self._attend(normed)
         features = kept + drop_path(self.out(mixed), self.drop_path, keys[0])
-        return rematerialise(Block._feed_forward, self, features, keys[1], when=self.remat == "mlp")
-
-    def _feed_forward(self, features: Array, key: Array | None) -> Array:
-        branch = self.fc2(jax.nn.gelu(self.fc1(self.norm2(features)), approximate=False))
-        return features + drop_path(branch, self.drop_path, key)
+        again = functools.partial(rematerialise, when=self.remat == "elementwise")
+        hidden = again(lambda self, x: self.fc1(self.norm2(x)), self, features)
+        branch = again(lambda self, x: self.fc2(jax.nn.gelu(x, approximate=False)), self, hidden)
+        return features + drop_path(branch, self.drop_path, keys[1])
 
     def _attend_within(self, normed: Array, rows: int, columns: int) -> Array:
         """Attention within windows; the padding, zeros before the projections, takes part in it."""

@@ -30,9 +30,10 @@ def drop_path(values: Float[Array, "batch *shape"], rate: float, key: Array | No
     return jnp.where(keep, values / (1.0 - rate), 0.0)
 
 
-REMAT = ("none", "mlp", "blocks")
-"""What an encoder computes again in the gradient instead of keeping it: nothing, the feed-forward half of each block,
-or whole blocks. The less is kept, the smaller the memory and the longer the step; the gradient is the same."""
+REMAT = ("none", "elementwise", "blocks")
+"""What an encoder computes again in the gradient instead of keeping it: nothing; activations and norms, which takes
+next to no time (Swin, Hiera: of the feed-forward half of blocks); or whole blocks, of which only the inputs are kept.
+The gradient is the same."""
 
 
 def rematerialise(run: Callable[..., Any], block: nnx.Module, features: Any, *keys: Any, when: bool = True) -> Any:

@@ -8,6 +8,7 @@ release) do not move them there: at the resolution that they were trained for th
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -182,11 +183,10 @@ class Block(nnx.Module):
     ) -> Float[Array, "batch rows columns channels"]:
         keys = [None] * 2 if key is None else list(jax.random.split(key))
         features = features + drop_path(self._attend(self.norm1(features)), self.drop_path, keys[0])
-        return rematerialise(Block._feed_forward, self, features, keys[1], when=self.remat == "mlp")
-
-    def _feed_forward(self, features: Array, key: Array | None) -> Array:
-        branch = self.fc2(jax.nn.gelu(self.fc1(self.norm2(features)), approximate=False))
-        return features + drop_path(branch, self.drop_path, key)
+        again = functools.partial(rematerialise, when=self.remat == "elementwise")
+        hidden = again(lambda self, x: self.fc1(self.norm2(x)), self, features)
+        branch = again(lambda self, x: self.fc2(jax.nn.gelu(x, approximate=False)), self, hidden)
+        return features + drop_path(branch, self.drop_path, keys[1])
 
     def _attend(self, features: Array) -> Array:
         """Attention within windows; the padding, zeros at the bottom and right, takes part in it."""

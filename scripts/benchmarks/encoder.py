@@ -44,7 +44,7 @@ def encoder(repeats: int) -> list[dict[str, Any]]:
     rows = []
     for name, model, inputs, theirs, module in (
         ("DINOv2-S", _last_map(dinov2_s()), pixels, torch_encoder, backbone),
-        ("DINOv2-S, remat mlp", _last_map(dinov2_s(remat="mlp")), pixels, torch_encoder, backbone),
+        ("DINOv2-S, remat elementwise", _last_map(dinov2_s(remat="elementwise")), pixels, torch_encoder, backbone),
         ("DINOv2-S, remat blocks", _last_map(dinov2_s(remat="blocks")), pixels, torch_encoder, backbone),
         ("DPT-S", _finest(DptConfig(finest_scale=8)), maps, torch_neck, neck),
     ):

@@ -86,7 +86,7 @@ def test_offsets_by_hand():
 
 def test_sizes_by_name():
     assert (swin_b().window_size, swin_b(window_size=12).window_size, swin_l().window_size) == (7, 12, 12)
-    assert swin_l(remat="mlp").map_widths == (192, 384, 768, 1536)
+    assert swin_l(remat="elementwise").map_widths == (192, 384, 768, 1536)
 
 
 @pytest.mark.parametrize(
