@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, PRNGKeyArray
 
@@ -145,8 +144,7 @@ class TrainStep:
         gradients_of = self._gradients if self.accumulate == 1 else self._accumulated_gradients
         loss, metrics, aux, gradients = gradients_of(state.params, frozen | own, batch, key)
         with jax.named_scope("optimizer"):
-            norm = optax.tree.norm(gradients)
-            params, opt_state = self.optimizer.apply(gradients, state.opt_state, state.params, state.step)
+            params, opt_state, norm = self.optimizer.apply(gradients, state.opt_state, state.params, state.step)
             ema = state.ema if self.ema_decay is None else ema_update(state.ema, params, self.ema_decay, state.step)
         new = TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, bank=state.bank)
         post_update = getattr(self.recipe, "post_update", None)

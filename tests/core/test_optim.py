@@ -105,10 +105,11 @@ def test_updates_are_those_of_torch_adamw_with_groups_and_clipping():
         gradients = {name: rng.normal(size=reference[name].shape).astype(np.float32) for name in trained}
         for name in trained:
             reference[name].grad = torch.tensor(gradients[name])
-        torch.nn.utils.clip_grad_norm_([reference[name] for name in trained], 0.7)
+        expected = torch.nn.utils.clip_grad_norm_([reference[name] for name in trained], 0.7)
         torch_optimizer.step()
         torch_schedule.step()
-        current, opt_state = apply(gradients, opt_state, current, jnp.asarray(step))
+        current, opt_state, norm = apply(gradients, opt_state, current, jnp.asarray(step))
+        np.testing.assert_allclose(norm, expected.item(), rtol=1e-6)
     for name, leaf in named_leaves(current).items():
         np.testing.assert_allclose(leaf, reference[name].detach().numpy(), rtol=2e-5, atol=2e-6, err_msg=name)
     moments = [name for name in named_leaves(opt_state) if "head/norm" in name]
