@@ -258,6 +258,15 @@ def test_data_that_ends_and_settings_that_cannot_be_are_clear(tmp_path):
         toy_config(3, evaluate_ema=True, ema_decay=None)
 
 
+def test_the_state_is_donated_and_the_teacher_and_the_batch_are_not():
+    step, batch = trainer.make_step(Regression(), toy_config(3)), next(ToyLoader())
+    state, frozen, batch = step.initial_state(), step.place({"offset": np.float32(0.0)}), jax.device_put(batch)
+    step.compile("toy", state, frozen, batch)
+    step(state, frozen, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((frozen, batch)))
+
+
 def test_images_of_all_groups_are_counted():
     view = {"image": np.zeros((3, 4, 4, 3)), "labels": np.zeros((3, 2))}
     unlabelled = {
