@@ -346,7 +346,8 @@ def _numbers(values: Mapping[str, float]) -> str:
 
 def _finish(folder: Path, step: int, evaluation: dict[str, float], images: int, seconds: dict[str, float]) -> dict:
     """Writes ``done.json``, the last thing a step does."""
-    logged = next((line for line in reversed(read_metrics(folder / "metrics.jsonl")) if "loss/total" in line), {})
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "loss/total" in line]
+    logged = lines[-1] if lines else {}
     metrics = {name: value for name, value in logged.items() if name != "step"}
     done = {
         "step": step,

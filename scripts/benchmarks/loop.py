@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import statistics
 import tempfile
 import time
@@ -20,22 +22,24 @@ from cast_jax.core.compiled import collective_bytes
 from cast_jax.core.logging import read_metrics
 from cast_jax.core.rules import named_leaves
 from cast_jax.core.sharding import batch_sharding, make_mesh, shard_batch
-from cast_jax.core.step import TrainStep, count_images
+from cast_jax.core.step import TrainStep
 from cast_jax.data.pipeline import make_loader
 from cast_jax.data.prefetch import Prefetcher
 from cast_jax.data.sources.stand_in import StandIn
 from cast_jax.pipeline import Pipeline
-from cast_jax.trainer import TrainConfig, make_step, train
+from cast_jax.trainer import RUN_AHEAD, TrainConfig, make_step, train
 
-LINE = 10  # updates a line of the metrics
+LINE = 5  # updates a line of the metrics
+UPDATES = 3 * LINE + 1
 
 
 def loop(repeats: int) -> list[dict[str, Any]]:
     """Milliseconds an update of the demo's ``distill`` at 128 x 256, two labelled and two pseudo-labelled images.
 
     The bare compiled update on one batch; the loop of a run (its log, metrics, progress) on that batch; the same with
-    the run's loader. They take turns of three lines of ten updates, of which the first does not count. Last the loop
-    alone: with an update that returns at once.
+    the run's loader. They take turns of three lines of the metrics, of which the first does not count. Both the time
+    that passes and the processor's, which other work on the machine does not change. Last the loop alone, with an
+    update that returns at once, and the call of the update.
     """
     with tempfile.TemporaryDirectory() as folder:
         pipeline, recipe, config = _demo(Path(folder))
@@ -51,36 +55,32 @@ def loop(repeats: int) -> list[dict[str, Any]]:
         step = make_step(recipe, config)
         state = step.initial_state()
         step.compile("bare", state, {}, batch)
-        times: dict[str, list[float]] = {name: [] for name in ("bare", "loop", "loop and loader")}
-        waiting = []
+        clocks: dict[str, list[tuple[float, float]]] = {name: [] for name in ("bare", "loop", "loop and loader")}
+        waiting: list[float] = []
         for turn in range(repeats):
             state, seconds = _bare(step, state, batch)
-            times["bare"] += seconds
-            times["loop"] += [line["seconds"] for line in _run(recipe, config, Path(folder) / f"a{turn}", _Same(batch))]
+            clocks["bare"] += seconds
+            clocks["loop"] += _run(recipe, config, Path(folder) / f"loop-{turn}", _Same(batch))
             with loader() as stream:
-                lines = _run(recipe, config, Path(folder) / f"b{turn}", stream)
-            times["loop and loader"] += [line["seconds"] for line in lines]
-            waiting += [line["speed/waiting_for_data"] for line in lines]
-            print(times, waiting, flush=True)
+                run = Path(folder) / f"loader-{turn}"
+                clocks["loop and loader"] += _run(recipe, config, run, stream)
+            waiting += [line["speed/waiting_for_data"] for line in read_metrics(run / "metrics.jsonl")[1:]]
+            print(clocks, waiting, flush=True)
         with _at_once(step, state, batch):
-            host = [line["seconds"] for line in _run(recipe, config, Path(folder) / "host", _Same(batch))]
-        dispatch = _dispatch(step, state, batch)
-    bare = statistics.median(times["bare"])
-    rows = [
-        {
-            "update": name,
-            "ms": round(1e3 * statistics.median(seconds), 1),
-            "over the bare one, %": round(100 * (statistics.median(seconds) / bare - 1), 1),
-            "waiting for data, %": round(100 * statistics.median(waiting), 1) if "loader" in name else "",
-        }
-        for name, seconds in times.items()
-    ]
-    for name, value in (("loop alone", statistics.median(host)), ("call of the update", dispatch)):
-        share = round(100 * value / bare, 2)
-        rows.append(
-            {"update": name, "ms": round(1e3 * value, 2), "over the bare one, %": share, "waiting for data, %": ""}
-        )
-    return rows
+            clocks["loop alone"] = _run(recipe, config, Path(folder) / "host", _Same(batch))
+        clocks["call of the update"] = _calls(step, state, batch)
+    medians = {name: tuple(map(statistics.median, zip(*pairs, strict=True))) for name, pairs in clocks.items()}
+    return [_row(name, medians, waiting) for name in medians]
+
+
+def _row(name: str, medians: dict[str, tuple[float, ...]], waiting: list[float]) -> dict[str, Any]:
+    row: dict[str, Any] = {"update": name}
+    whole = name.startswith("loop") and name != "loop alone"
+    for kind, value, bare in zip(("ms", "processor's ms"), medians[name], medians["bare"], strict=True):
+        row[kind] = round(1e3 * value, 1 if value > 0.1 else 2)
+        row[f"of the bare, % ({kind})"] = round(100 * (value / bare - whole), 2) if name != "bare" else ""
+    row["waiting for data, %"] = round(100 * statistics.median(waiting), 1) if "loader" in name else ""
+    return row
 
 
 def _demo(folder: Path) -> tuple[Pipeline, Any, TrainConfig]:
@@ -91,7 +91,8 @@ def _demo(folder: Path) -> tuple[Pipeline, Any, TrainConfig]:
     config["data"]["generated"]["source"] = 2
     pipeline = Pipeline(config, folder / "run")
     train_config = pipeline.config.train_config("distill")
-    changes = {"steps": 3 * LINE, "log_every": LINE, "save_every": 10**6}
+    changes: dict[str, Any] = {"steps": UPDATES, "log_every": LINE, "save_every": 10**6}
+    changes["optimizer"] = dataclasses.replace(train_config.optimizer, warmup_steps=0)
     return (
         pipeline,
         pipeline.config.recipe("distill", pipeline.categories),
@@ -115,26 +116,46 @@ class _Same:
         pass
 
 
-def _run(recipe: Any, config: TrainConfig, folder: Path, loader: Any) -> list[dict[str, float]]:
-    """The lines of the metrics of a short run, but for the first, with the seconds of an update."""
-    train(recipe, config=config, folder=folder, loader=loader)
-    images = count_images(loader.batch if isinstance(loader, _Same) else next(loader))
-    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "loss/total" in line]
-    return [line | {"seconds": images / line["speed/images_per_second"]} for line in lines[1:]]
+class _Clocked:
+    """A loader that notes when it is asked."""
+
+    def __init__(self, loader: Any):
+        self.loader, self.asked = loader, list[tuple[float, float]]()
+        self.get_state, self.set_state = loader.get_state, loader.set_state
+
+    def __next__(self) -> Any:
+        self.asked.append(_clocks())
+        return next(self.loader)
 
 
-def _bare(step: TrainStep, state: Any, batch: Any) -> tuple[Any, list[float]]:
-    """The state after three lines' updates, and the mean seconds of the last two lines'; one update is queued ahead."""
-    seconds = []
-    for _ in range(3):
-        begin, waiting = time.perf_counter(), None
-        for _ in range(LINE):
-            state, _, finite = step(state, {}, batch)
-            jax.block_until_ready(waiting)
-            waiting = finite
-        jax.block_until_ready(state)
-        seconds.append((time.perf_counter() - begin) / LINE)
-    return state, seconds[1:]
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _each(clocks: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of readings after every update, the mean seconds of an update in every line but the first."""
+    marks = clocks[LINE::LINE]
+    return [((b[0] - a[0]) / LINE, (b[1] - a[1]) / LINE) for a, b in itertools.pairwise(marks)]
+
+
+def _run(recipe: Any, config: TrainConfig, folder: Path, loader: Any) -> list[tuple[float, float]]:
+    """Seconds of an update, by both clocks, in the lines of a short run."""
+    clocked = _Clocked(loader)
+    train(recipe, config=config, folder=folder, loader=clocked)
+    return _each(clocked.asked)
+
+
+def _bare(step: TrainStep, state: Any, batch: Any) -> tuple[Any, list[tuple[float, float]]]:
+    """The state after as many updates, and their seconds; as in a run, some are queued ahead."""
+    asked, waiting = [], collections.deque[Any]()
+    for _ in range(UPDATES):
+        asked.append(_clocks())
+        state, _, finite = step(state, {}, batch)
+        waiting.append(finite)
+        if len(waiting) > RUN_AHEAD:
+            jax.block_until_ready(waiting.popleft())
+    jax.block_until_ready(state)
+    return state, _each(asked)
 
 
 @contextlib.contextmanager
@@ -149,15 +170,16 @@ def _at_once(step: TrainStep, state: Any, batch: Any) -> Iterator[None]:
         yield
 
 
-def _dispatch(step: TrainStep, state: Any, batch: Any) -> float:
-    """Seconds until the call of an idle device's update returns (which is before it has ended)."""
-    seconds = []
-    for _ in range(10):
-        begin = time.perf_counter()
+def _calls(step: TrainStep, state: Any, batch: Any) -> list[tuple[float, float]]:
+    """Seconds until the call of an idle device's update returns, which is before it has ended."""
+    found = []
+    for _ in range(UPDATES):
+        begin = _clocks()
         state, _, finite = step(state, {}, batch)
-        seconds.append(time.perf_counter() - begin)
+        end = _clocks()
+        found.append((end[0] - begin[0], end[1] - begin[1]))
         jax.block_until_ready(finite)
-    return statistics.median(seconds)
+    return found
 
 
 def exchanged(repeats: int) -> list[dict[str, Any]]:
@@ -193,7 +215,7 @@ def exchanged(repeats: int) -> list[dict[str, Any]]:
             sent = collective_bytes(step.program)
             parameters = sum(4 * leaf.size for leaf in named_leaves(step.like.params).values())
             images = sum(4 * leaf.size for name, leaf in named_leaves(batch).items() if name.endswith("/image"))
-            row = {"mesh": f"{mesh['data']} x {mesh['fsdp']}", "images": f"{size[0]} x {size[1]}"}
+            row: dict[str, Any] = {"mesh": f"{mesh['data']} x {mesh['fsdp']}", "images": f"{size[0]} x {size[1]}"}
             row |= {name: round(sent.get(name, 0) / 1024) for name in ("all-reduce", "all-gather", "all-to-all")}
             others = sum(size for name, size in sent.items() if name not in row)
             row |= {"others": round(others / 1024), "together": round(sum(sent.values()) / 1024)}
