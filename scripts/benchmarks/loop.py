@@ -183,7 +183,7 @@ def _calls(step: TrainStep, state: Any, batch: Any) -> list[tuple[float, float]]
 
 
 def exchanged(repeats: int) -> list[dict[str, Any]]:
-    """KiB that each of eight devices receives in an update of the demo's ``distill``, by the compiled program.
+    """KiB that each of eight devices receives in an update of the demo's ``distill,smoke``, by the compiled program.
 
     Of eight labelled and eight pseudo-labelled images of two sizes, with 64 queries of either; operations inside loops
     count once. The parameters' own size, and that of the images in both views, stand beside. ``repeats`` plays no part.
@@ -194,9 +194,9 @@ def exchanged(repeats: int) -> list[dict[str, Any]]:
     rows = []
     for mesh in ({"data": 8, "fsdp": 1}, {"data": 1, "fsdp": 8}):
         for size in ((64, 128), (128, 256)):
-            config = demo.get_config("distill").to_dict()
+            config = demo.get_config("distill,smoke").to_dict()
             config["data"]["image_size"] = size
-            config["model"]["student"]["mask_decoder"] = {"query_stride": 0, "num_queries": 64}  # no grid
+            config["model"]["student"]["mask_decoder"] |= {"query_stride": 0, "num_queries": 64}  # no grid of them
             config["steps"]["distill"]["data"] |= {"batch_labelled": 8, "batch_unlabelled": 8}
             run = Pipeline(config, Path()).config
             categories = tuple(Category(number, f"class {number}") for number in range(8))
