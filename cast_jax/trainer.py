@@ -112,7 +112,7 @@ class TrainResult:
 def finished(folder: Path) -> dict[str, Any] | None:
     """The stored result of a step that ran to its end (``done.json``), or None. Cheap: reads no parameters."""
     path = Path(folder) / "done.json"
-    return read_json(path) if path.exists() else None
+    return read_json(path, "delete it to end the step again, from its last checkpoint") if path.exists() else None
 
 
 def make_step(recipe: Trainable, config: TrainConfig) -> TrainStep:
@@ -170,8 +170,10 @@ def train(
         ):
             raise UserError(f"{folder} was trained for {found} steps, but steps={config.steps}: use another workdir")
         restored = checkpoints.restore(run.like)
-        if done is not None and restored is not None:
+        if done is not None and restored is not None and int(restored.state.step) == config.steps:
             logger.info("%s: finished already, at step %d", name, done["step"])
+            if export is not None:  # what it exported may be gone, or damaged
+                export(_shown(restored.state, config), "last")
             return _result(_shown(restored.state, config), done)
         if restored is not None:
             state, start, metadata = restored.state, int(restored.state.step), restored.metadata
@@ -217,6 +219,7 @@ def train(
                 if step % config.save_every == 0 or judge.due(step) or last or stopping is not None:
                     pending.settle()
                     with watch.measure("save"):
+                        writer.sync()
                         checkpoints.save(state, loader.get_state(), {"images": images, "seconds": watch.read()})
                 if stopping is not None:
                     logger.warning("%s: saved step %d; run the same command again to continue", name, step)
@@ -343,7 +346,8 @@ def _numbers(values: Mapping[str, float]) -> str:
 
 def _finish(folder: Path, step: int, evaluation: dict[str, float], images: int, seconds: dict[str, float]) -> dict:
     """Writes ``done.json``, the last thing a step does."""
-    logged = next(line for line in reversed(read_metrics(folder / "metrics.jsonl")) if "loss/total" in line)
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "loss/total" in line]
+    logged = lines[-1] if lines else {}
     metrics = {name: value for name, value in logged.items() if name != "step"}
     done = {
         "step": step,

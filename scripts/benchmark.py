@@ -4,6 +4,8 @@ python scripts/benchmark.py contrastive      the contrastive loss with its gradi
 python scripts/benchmark.py samplers         the three samplers of negatives
 python scripts/benchmark.py gradient_noise   what sharing proposals does to the contrastive gradient
 python scripts/benchmark.py step             a whole update of the student against PyTorch (needs torch)
+python scripts/benchmark.py loop             what the training loop and its loader add to the update itself
+python scripts/benchmark.py exchanged        what eight devices send each other in an update
 python scripts/benchmark.py encoder          DINOv2-S and the DPT neck at 518 x 518 against PyTorch eager (needs torch)
 python scripts/benchmark.py loader           the data pipeline against torch's DataLoader (needs torch and torchvision)
 python scripts/benchmark.py loader_memory    the data pipeline's memory from 100 to 10,000 images
@@ -26,6 +28,8 @@ BENCHMARKS = {  # module and function
     "samplers": ("contrastive", "samplers"),
     "gradient_noise": ("contrastive", "gradient_noise"),
     "step": ("step", "student_step"),
+    "loop": ("loop", "loop"),
+    "exchanged": ("loop", "exchanged"),
     "encoder": ("encoder", "encoder"),
     "loader": ("loader", "loader"),
     "loader_memory": ("loader", "loader_memory"),

@@ -143,6 +143,45 @@ def test_an_interrupted_evaluation_is_made_up_for(tmp_path):
     assert evaluate.seen == [digest(run_toy(tmp_path / "whole", 8).params)]
 
 
+def test_what_a_finished_step_exported_comes_back_also_from_the_checkpoint_before(tmp_path, caplog):
+    exported = []
+    arguments = {"config": toy_config(10, save_every=8), "folder": tmp_path / "toy", "loader": ToyLoader()}
+    arguments |= {"export": lambda params, name: exported.append((name, digest(params)))}
+    result = train(Regression(), **arguments)
+    train(Regression(), **arguments)
+    (tmp_path / "toy" / "checkpoints" / "10" / "record" / "metadata").unlink()
+    again = train(Regression(), **arguments)
+    assert "toy: continuing from step 8 of 10" in caplog.text
+    assert digest(again.params) == digest(result.params)
+    assert exported == [("last", digest(result.params))] * 3
+
+
+def test_lost_metrics_do_not_keep_a_step_from_ending(tmp_path):
+    run_toy(tmp_path / "toy", 10)
+    for name in ("done.json", "metrics.jsonl"):
+        (tmp_path / "toy" / name).unlink()
+    run_toy(tmp_path / "toy", 10)
+    assert finished(tmp_path / "toy")["step"] == 10
+
+
+def test_the_lines_before_a_checkpoint_are_on_the_disk_before_it(tmp_path, monkeypatch):
+    order = []
+    save, fsync = Checkpoints.save, os.fsync
+    monkeypatch.setattr(Checkpoints, "save", lambda *args: order.append("save") or save(*args))
+    monkeypatch.setattr(
+        os, "fsync", lambda file: order.append(Path(f"/proc/self/fd/{file}").readlink().name) or fsync(file)
+    )
+    run_toy(tmp_path / "toy", 10)
+    known = [name for name in order if name in ("save", "metrics.jsonl")]
+    assert known == ["metrics.jsonl", "save"] * 2
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    (tmp_path / "done.json").write_text('{"step": 1')
+    with pytest.raises(UserError, match=r"done\.json: is damaged, or no JSON .*; delete it to end the step again"):
+        finished(tmp_path)
+
+
 def test_a_non_finite_loss_stops_with_its_name_and_is_never_saved(tmp_path):
     config, folder = toy_config(14, save_every=2, log_every=1000), tmp_path / "toy"
     with pytest.raises(
@@ -217,6 +256,15 @@ def test_data_that_ends_and_settings_that_cannot_be_are_clear(tmp_path):
         toy_config(3, ema_decay=1.0)
     with pytest.raises(UserError, match="ema_decay is None"):
         toy_config(3, evaluate_ema=True, ema_decay=None)
+
+
+def test_the_state_is_donated_and_the_teacher_and_the_batch_are_not():
+    step, batch = trainer.make_step(Regression(), toy_config(3)), next(ToyLoader())
+    state, frozen, batch = step.initial_state(), step.place({"offset": np.float32(0.0)}), jax.device_put(batch)
+    step.compile("toy", state, frozen, batch)
+    step(state, frozen, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((frozen, batch)))
 
 
 def test_images_of_all_groups_are_counted():

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from cast_jax.core.errors import UserError
+
 TEMPORARY = ".tmp"  # how the names of hidden files end that nobody needs once their writer is gone
 
 
@@ -51,6 +53,13 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     atomic_write(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Reads a JSON file written by :func:`write_json`."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+def read_json(path: str | os.PathLike[str], hint: str = "") -> Any:
+    """Reads a JSON file written by :func:`write_json`.
+
+    Raises:
+      UserError: it is damaged; names it and says the ``hint``.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged, or no JSON ({error})" + (f"; {hint}" if hint else "")) from error

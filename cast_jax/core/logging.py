@@ -86,6 +86,11 @@ class MetricsWriter:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
 
+    def sync(self) -> None:
+        """Waits until the lines are on the disk: a checkpoint that survives a power cut must find those before it."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flushes and closes both files."""
         if self._file is not None:

@@ -99,16 +99,27 @@ def test_evaluations_beyond_a_rewound_step_are_forgotten(tmp_path):
             checkpoints.record_evaluation(3, {"AP50": 1.0})
 
 
-@pytest.mark.parametrize("harm", ["arrays", "record", "empty"])
+def replace_in(path, old: bytes, new: bytes) -> None:
+    assert old in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(old, new))
+
+
+HARM = {
+    "arrays cut in half": damage,
+    "record cut in half": lambda folder: (folder / "record" / "metadata").write_text('{"loa'),
+    "another name in the record": lambda folder: replace_in(folder / "record" / "metadata", b"kernel", b"kerneL"),
+    "another place in the record": lambda folder: replace_in(folder / "record" / "metadata", b": 2}", b": 3}"),
+    "no arrays": lambda folder: shutil.rmtree(folder / "state"),
+    "half of the files": lambda folder: [path.unlink() for path in sorted(folder.rglob("*"))[::2] if path.is_file()],
+    "nothing but the folder": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_can_be_saved_again(tmp_path, caplog, harm):
     with Checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1, 2)
-    if harm == "arrays":
-        damage(tmp_path / "2")
-    elif harm == "record":
-        (tmp_path / "2" / "record" / "metadata").write_text('{"loa')
-    else:
-        shutil.rmtree(tmp_path / "2" / "state")
+    HARM[harm](tmp_path / "2")
     with Checkpoints(tmp_path) as checkpoints, caplog.at_level(logging.WARNING, "cast_jax"):
         restored = checkpoints.restore(make_state(0))
         assert_equal(restored.state, make_state(1))
@@ -117,6 +128,31 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_can_be_saved_again
         assert "continuing from checkpoint 1 instead" in caplog.text
         save(checkpoints, 2)
         assert_equal(checkpoints.restore(make_state(0)).state, make_state(2))
+
+
+@pytest.mark.parametrize("harm", ["a page of zeros", "a bit"])
+def test_damage_that_orbax_does_not_see(tmp_path, caplog, harm):
+    states = [make_state(step, features=20_000, ema=False) for step in range(3)]
+    with Checkpoints(tmp_path) as checkpoints:
+        for state in states[1:]:
+            checkpoints.save(state, None, {})
+    file = max((tmp_path / "2" / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4096] = bytes(4096) if harm == "a page of zeros" else [content[middle] ^ 1]
+    if harm == "a bit":
+        content[middle + 1 :] = file.read_bytes()[middle + 1 :]
+    file.write_bytes(content)
+    with Checkpoints(tmp_path) as checkpoints, caplog.at_level(logging.WARNING, "cast_jax"):
+        assert_equal(checkpoints.restore(states[0]).state, states[1])
+    assert "checkpoint 2" in caplog.text
+    assert "continuing from checkpoint 1 instead" in caplog.text
+
+
+def test_damaged_evaluations_are_named(tmp_path):
+    (tmp_path / "evaluations.json").write_text("{")
+    with pytest.raises(UserError, match=r"evaluations\.json: is damaged, or no JSON .*; delete it to go on without"):
+        Checkpoints(tmp_path)
 
 
 def test_a_save_that_was_cut_off_is_not_seen(tmp_path):

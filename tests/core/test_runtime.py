@@ -37,9 +37,15 @@ def test_xla_flags_are_added_to_those_of_the_environment(monkeypatch):
         jax.config.update("jax_compilation_cache_dir", previous)
 
 
-def test_the_default_cache_lies_under_xdg(tmp_path, monkeypatch):
+def test_programs_are_kept_by_default_under_xdg(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert runtime.default_cache_folder().parent == tmp_path / "cast_jax"
+    previous = jax.config.jax_compilation_cache_dir
+    try:
+        runtime.setup({"compilation_cache": None})
+        assert jax.config.jax_compilation_cache_dir == str(runtime.default_cache_folder())
+    finally:
+        jax.config.update("jax_compilation_cache_dir", previous)
 
 
 def test_precision_and_memory():

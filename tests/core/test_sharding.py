@@ -18,11 +18,12 @@ from cast_jax.core.errors import UserError
 from cast_jax.core.rules import named_leaves
 
 EIGHT_DEVICES = """
-import sys
+import dataclasses, sys
 from pathlib import Path
 import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 from toy_training import ToyLoader, Regression, run_toy, toy_config, digest
+from cast_jax.core.checkpoint import Checkpoints
 from cast_jax.core.sharding import make_mesh, batch_sharding
 from cast_jax.core.rules import named_leaves
 from cast_jax.core.step import TrainStep
@@ -48,6 +49,22 @@ assert all(tuple(spec) == (None, "fsdp") for spec in wide.values()), wide
 state = step.initial_state()
 assert state.params["wide"]["kernel"].addressable_shards[0].data.shape == (16, 512)
 assert step.place({"teacher": np.ones((4096, 8), np.float32)})["teacher"].addressable_shards[0].data.shape == (1024, 8)
+
+def on(shape, devices):
+    mesh = make_mesh(shape, jax.devices()[:devices])
+    return TrainStep(Wide(), optimizer=config.optimizer, steps=3, mesh=mesh, ema_decay=0.9).like
+
+# What lies split over four devices, then whole on one, then split over two, and on eight again is the same.
+state = dataclasses.replace(state, opt_state=jax.tree.map(lambda leaf: leaf + 3, state.opt_state))
+for number, (shape, devices) in enumerate([({"data": 1}, 1), ({"data": 1, "fsdp": 2}, 2), ({"data": 8}, 8)]):
+    like = on(shape, devices)
+    with Checkpoints(folder / f"moved-{number}") as checkpoints:
+        checkpoints.save(state, None, {})
+        moved = checkpoints.restore(like).state
+    assert all(leaf.sharding == wanted.sharding for leaf, wanted in zip(*map(jax.tree.leaves, (moved, like))))
+    assert len(moved.params["wide"]["kernel"].sharding.device_set) == devices
+    assert digest(moved) == digest(state), shape
+    state = moved
 np.savez(folder / "split.npz", **named_leaves(split.params))
 """
 
