@@ -4,6 +4,7 @@ python scripts/benchmark.py contrastive      the contrastive loss with its gradi
 python scripts/benchmark.py samplers         the three samplers of negatives
 python scripts/benchmark.py gradient_noise   what sharing proposals does to the contrastive gradient
 python scripts/benchmark.py step             a whole update of the student against PyTorch (needs torch)
+python scripts/benchmark.py teacher          the fused teacher against PyTorch: zero-shot masks, an update (needs torch)
 python scripts/benchmark.py encoder          DINOv2-S and the DPT neck at 518 x 518 against PyTorch eager (needs torch)
 python scripts/benchmark.py loader           the data pipeline against torch's DataLoader (needs torch and torchvision)
 python scripts/benchmark.py loader_memory    the data pipeline's memory from 100 to 10,000 images
@@ -26,6 +27,7 @@ BENCHMARKS = {  # module and function
     "samplers": ("contrastive", "samplers"),
     "gradient_noise": ("contrastive", "gradient_noise"),
     "step": ("step", "student_step"),
+    "teacher": ("teacher", "teacher"),
     "encoder": ("encoder", "encoder"),
     "loader": ("loader", "loader"),
     "loader_memory": ("loader", "loader_memory"),
