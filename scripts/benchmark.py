@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from benchmarks import timing
 
 BENCHMARKS = {  # module and function
     "contrastive": ("contrastive", "contrastive"),
@@ -39,8 +40,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument("--repeats", type=int, default=7, help="timed calls of each variant, alternating")
+    parser.add_argument("--processor-time", action="store_true", help="where others share the one core of this process")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args()
+    if options.processor_time:
+        timing.clock = time.process_time
     module, function = BENCHMARKS[options.benchmark]  # each needs other packages
     rows = getattr(importlib.import_module(f"benchmarks.{module}"), function)(options.repeats)
     print(f"{time.strftime('%Y-%m-%d')}, jax {jax.__version__}, {jax.devices()[0].device_kind}, {platform.machine()}\n")

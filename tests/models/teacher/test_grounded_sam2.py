@@ -15,9 +15,11 @@ from cast_jax.core.errors import UserError
 from cast_jax.core.rules import named_leaves
 from cast_jax.models.dinov2 import IMAGE_MEAN, IMAGE_STD
 from cast_jax.models.functional import Functional, count_parameters
+from cast_jax.models.hiera import Hiera
 from cast_jax.models.registry import build_segmenter, segmenter_config
 from cast_jax.models.resize import resize
 from cast_jax.models.segmenter import Prediction, score_instances
+from cast_jax.models.swin import Swin
 from cast_jax.models.teacher.grounded_sam2 import GroundedSam2, class_logits, corners_of, jittered
 from cast_jax.models.teacher.grounding_dino import GroundingDino
 from cast_jax.models.teacher.sam2 import Sam2
@@ -88,6 +90,26 @@ def test_long_lists_of_classes_take_several_prompts(folder, fused):
     prediction = jax.jit(model.apply)(params, IMAGES[:1])
     probabilities = jax.nn.softmax(prediction.class_logits)[0, :, :-1]
     assert np.all(np.isin(np.sum(np.asarray(probabilities) > 1e-5, axis=-1), (1, 2)))
+
+
+def test_an_image_is_encoded_once(folder, monkeypatch):
+    """By either network, however many prompts, boxes and given boxes there are."""
+    config = segmenter_config(spec(folder))
+    prompts = make_prompts(CLASSES, load_tokenizer(config.tokenizer), max_tokens=4 + 1)
+    assert len(prompts.tokens.ids) == 3
+    calls = []
+    for trunk in (Swin, Hiera):
+        original = trunk.__call__
+
+        def counted(self, *arguments, original=original, **options):
+            calls.append(type(self).__name__)
+            return original(self, *arguments, **options)
+
+        monkeypatch.setattr(trunk, "__call__", counted)
+    model = Functional(lambda rngs: GroundedSam2(config, prompts, rngs=rngs))
+    boxes = jax.ShapeDtypeStruct((2, 3, 4), jnp.float32)
+    jax.eval_shape(lambda params, boxes: model.apply(params, IMAGES, boxes=boxes), model.abstract(), boxes)
+    assert sorted(calls) == ["Hiera", "Swin"]
 
 
 def test_masks_teach_the_segmenter_and_classes_the_detector(fused):
