@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -35,21 +36,26 @@ INSTANCES = 10  # of an image, each a rectangle
 def teacher(repeats: int) -> list[dict[str, Any]]:
     """Zero-shot masks, and an update of one labelled and one pseudo-labelled image.
 
-    On a CPU MM-Grounding-DINO-T with SAM2-T at 512 x 512 in float32, elsewhere the paper's pair at 1024 x 1024, eight
-    images at once, with products in bfloat16. Random weights, eight classes, 100 boxes an image. An update is of one
-    view: the detector's losses, those of every pixel of masks prompted with ten boxes an image, and AdamW; ours once
-    with all that a gradient needs kept, as PyTorch does, and once as configured: image by image, blocks computed again.
+    On a CPU MM-Grounding-DINO-T with SAM2-T in float32, 512 x 512 and 256 x 256 for the update; elsewhere the paper's
+    pair at 1024 x 1024, eight images at once, with products in bfloat16. Random weights, eight classes, 100 boxes an
+    image. An update is of one view: the detector's losses, those of every pixel of masks prompted with ten boxes an
+    image, and AdamW; ours with all kept that a gradient needs, as PyTorch does. Where there is room for two networks
+    of this size, also as configured: image by image, blocks computed again.
     """
     cpu = jax.default_backend() == "cpu"
-    name, side, batch = ("grounded_sam2_t", 512, 1) if cpu else ("grounded_sam2_l", 1024, 8)
-    config = segmenter_config(_spec(name, side, kept=True))
-    assert isinstance(config, GroundedSam2Config)
-    theirs = Teacher(config, make_prompts(CLASSES, load_tokenizer("words")), side)
-    rows = [{"what": "zero-shot"} | _zero_shot(name, side, batch, theirs, repeats)]
-    _say(rows[-1])
-    for kept, what in ((True, "update"), (False, "update, as configured")):
-        rows.append({"what": what} | _update(_spec(name, side, kept), side, theirs, repeats))
-        _say(rows[-1])
+    name, sides, batch = ("grounded_sam2_t", (512, 256), 1) if cpu else ("grounded_sam2_l", (1024, 1024), 8)
+    rows = []
+    for side, what, measure in (
+        (sides[0], "zero-shot", functools.partial(_zero_shot, images=batch)),
+        (sides[1], "update", functools.partial(_update, kept=True)),
+        (sides[1], "update, as configured", functools.partial(_update, kept=False)),
+    )[: 2 if cpu else 3]:
+        config = segmenter_config(_spec(name, side, kept=True))
+        assert isinstance(config, GroundedSam2Config)
+        theirs = Teacher(config, make_prompts(CLASSES, load_tokenizer("words")), side)
+        rows.append({"what": what, "side": side} | measure(name, side, theirs, repeats))
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)  # the whole takes many minutes
+        del theirs
     return rows
 
 
@@ -67,7 +73,7 @@ def _build(spec: dict[str, Any], side: int) -> Functional:
     return build_segmenter(spec, CLASSES, (side, side), dtype=jnp.float32 if DEVICE == "cpu" else jnp.bfloat16)
 
 
-def _zero_shot(name: str, side: int, images: int, theirs: Teacher, repeats: int) -> dict[str, Any]:
+def _zero_shot(name: str, side: int, theirs: Teacher, repeats: int, images: int) -> dict[str, Any]:
     """From images to scored masks."""
     model = _build(_spec(name, side, kept=False), side)
     params, pixels = model.init(jax.random.key(0)), _images(images, side)
@@ -80,7 +86,7 @@ def _zero_shot(name: str, side: int, images: int, theirs: Teacher, repeats: int)
     return _row(images, count_parameters(params), compiling, program, ours, torchs, repeats)
 
 
-def _update(spec: dict[str, Any], side: int, theirs: Teacher, repeats: int) -> dict[str, Any]:
+def _update(name: str, side: int, theirs: Teacher, repeats: int, kept: bool) -> dict[str, Any]:
     """Forward and backward of detector and prompted masks, and AdamW, for one labelled and one unlabelled image."""
     objective = ObjectiveConfig(
         pseudo_label_weight=1.0,
@@ -89,7 +95,7 @@ def _update(spec: dict[str, Any], side: int, theirs: Teacher, repeats: int) -> d
         criterion=CriterionConfig(num_points=None),
     )
     projection = Functional(lambda rngs: ProjectionHead(256, 128, rngs=rngs))  # unused: there is no contrastive term
-    recipe = SemiSupervised(_build(spec, side), projection, objective)
+    recipe = SemiSupervised(_build(_spec(name, side, kept), side), projection, objective)
     step = make_step(recipe, TrainConfig(steps=1_000))
     images, masks, labels, boxes = _images(2, side), *_instances(2, side)
     groups = {
@@ -155,10 +161,6 @@ def _wait(result: Any) -> None:
     del result
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-
-
-def _say(row: dict[str, Any]) -> None:
-    print(json.dumps(row), file=sys.stderr, flush=True)  # the whole takes many minutes
 
 
 def _images(count: int, side: int) -> np.ndarray:

@@ -22,6 +22,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 class Teacher(torch.nn.Module):
     """Both networks, of the sizes that ``config`` gives, for square images of ``side`` pixels and one prompt."""
 
+    detector: Any
+    segmenter: Any
+    ids: torch.Tensor
+    class_map: torch.Tensor
+
     def __init__(self, config: GroundedSam2Config, prompts: Prompts, side: int):
         super().__init__()
         self.detector, self.segmenter = grounding_dino.reference(config.detector), sam2.reference(config.segmenter)
