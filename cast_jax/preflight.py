@@ -351,6 +351,7 @@ def as_converted(run: RunConfig) -> RunConfig:
                 )
             continue  # an export of our own: its model is spelled out in the configuration that made it
         if part:  # a whole network: it is what was converted
+            _check_network(models[role], stored, f"config.init.{role}.{part}: {given}", part)
             models[role] = {**models[role], part: {**stored["model"], **models[role].get(part, {})}}
             segmenter_config(models[role], f"config.model.{role}")
             continue
@@ -383,6 +384,15 @@ def as_converted(run: RunConfig) -> RunConfig:
                 f"{'; '.join(faults)}"
             )
     return dataclasses.replace(run, model=models)
+
+
+def _check_network(spec: Mapping[str, Any], stored: Mapping[str, Any], where: str, part: str) -> None:
+    """Raises :class:`UserError` for one network's weights in the place of the other's."""
+    wanted = getattr(segmenter_config(spec), part, None)
+    if wanted is None or not stored["model"].keys() <= {field.name for field in dataclasses.fields(wanted)}:
+        kind = type(wanted).__name__.removesuffix("Config")
+        what = f"needs a {kind} there" if wanted is not None else f"has no {part}"
+        raise UserError(f"{where} holds a {stored['converted']['name']}; {spec['name']} {what}")
 
 
 def weights_file(given: str) -> Path:

@@ -6,6 +6,7 @@ python scripts/benchmark.py gradient_noise   what sharing proposals does to the 
 python scripts/benchmark.py step             a whole update of the student against PyTorch (needs torch)
 python scripts/benchmark.py loop             what the training loop and its loader add to the update itself
 python scripts/benchmark.py exchanged        what eight devices send each other in an update
+python scripts/benchmark.py teacher          the fused teacher against PyTorch: zero-shot masks, an update (needs torch)
 python scripts/benchmark.py encoder          DINOv2-S and the DPT neck at 518 x 518 against PyTorch eager (needs torch)
 python scripts/benchmark.py loader           the data pipeline against torch's DataLoader (needs torch and torchvision)
 python scripts/benchmark.py loader_memory    the data pipeline's memory from 100 to 10,000 images
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from benchmarks import timing
 
 BENCHMARKS = {  # module and function
     "contrastive": ("contrastive", "contrastive"),
@@ -30,6 +32,7 @@ BENCHMARKS = {  # module and function
     "step": ("step", "student_step"),
     "loop": ("loop", "loop"),
     "exchanged": ("loop", "exchanged"),
+    "teacher": ("teacher", "teacher"),
     "encoder": ("encoder", "encoder"),
     "loader": ("loader", "loader"),
     "loader_memory": ("loader", "loader_memory"),
@@ -41,8 +44,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument("--repeats", type=int, default=7, help="timed calls of each variant, alternating")
+    parser.add_argument("--processor-time", action="store_true", help="where others share the one core of this process")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args()
+    if options.processor_time:
+        timing.clock = time.process_time
     module, function = BENCHMARKS[options.benchmark]  # each needs other packages
     rows = getattr(importlib.import_module(f"benchmarks.{module}"), function)(options.repeats)
     print(f"{time.strftime('%Y-%m-%d')}, jax {jax.__version__}, {jax.devices()[0].device_kind}, {platform.machine()}\n")

@@ -68,6 +68,19 @@ def test_a_teacher_must_be_whole(settings, tmp_path, teacher, message):
         pipeline.run({**settings, "init": init}, tmp_path)
 
 
+def test_the_networks_are_told_apart(settings, tmp_path):
+    """SAM 2 given for the detector and the other way round, by what their conversion wrote beside them."""
+    teacher = settings["init"]["teacher"]
+    for swapped, message in (
+        ({"detector": teacher["segmenter"]}, "detector: .* a segmenter; .* needs a GroundingDino there"),
+        ({"segmenter": teacher["detector"]}, "segmenter: .* a detector; .* needs a Sam2 there"),
+        ({"decoder": teacher["detector"]}, "decoder: .* a detector; grounded_sam2_t has no decoder"),
+    ):
+        with pytest.raises(UserError, match=rf"config\.init\.teacher\.{message}"):
+            pipeline.run({**settings, "init": {**settings["init"], "teacher": teacher | swapped}}, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_both_networks_are_asked_for(settings, tmp_path):
     init = {**settings["init"], "teacher": settings["init"]["teacher"]["detector"]}
     with pytest.raises(UserError, match=r"starts from several networks; give the folder of each"):

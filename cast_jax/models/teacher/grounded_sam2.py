@@ -191,10 +191,11 @@ class GroundedSam2(nnx.Module):
         )
 
     def detect(self, images: Float[Array, "batch height width 3"], *, rngs: nnx.Rngs | None = None) -> list[Detections]:
-        """What the detector finds for each prompt in normalised images."""
+        """What the detector finds for each prompt in normalised images, whose own maps are computed once."""
         text = self.detector.encode_text(self.prompts.value.tokens)
+        maps = self.detector.encode_image(images, rngs=rngs)
         one = lambda number: jax.tree.map(lambda leaf: leaf[number : number + 1], text)
-        return [self.detector(images, one(number), rngs=rngs) for number in range(len(text.mask))]
+        return [self.detector(maps, one(number), rngs=rngs) for number in range(len(text.mask))]
 
     def _queries(
         self, detections: Sequence[Detections]

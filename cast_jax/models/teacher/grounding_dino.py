@@ -26,6 +26,7 @@ from cast_jax.models.teacher.grounding_dino_encoder import EncoderLayer, Surroun
 from cast_jax.models.teacher.grounding_dino_layers import EPSILON, sine
 from cast_jax.models.teacher.text import Tokens
 
+Maps = list[Float[Array, "batch _rows _columns features"]]
 IMAGE_TEMPERATURE, TEXT_TEMPERATURE = 20.0, 10_000.0  # of the position encodings
 
 
@@ -125,7 +126,7 @@ class GroundingDino(nnx.Module):
 
     def __call__(
         self,
-        images: Float[Array, "batch height width 3"],
+        images: Float[Array, "batch height width 3"] | Maps,
         text: Tokens | EncodedText,
         *,
         pixel_mask: Bool[Array, "batch height width"] | None = None,
@@ -135,7 +136,8 @@ class GroundingDino(nnx.Module):
         """Detects.
 
         Args:
-          images: normalised with ImageNet's mean and deviation; sides are multiples of 32.
+          images: normalised with ImageNet's mean and deviation; sides are multiples of 32. Or what
+            :meth:`encode_image` made of them.
           text: a prompt for each image or one for all: tokens, or what :meth:`encode_text` made of them.
           pixel_mask: False on padding, at the bottom and right; None for none.
           indices: forces the first stage's choice of positions.
@@ -154,9 +156,22 @@ class GroundingDino(nnx.Module):
         encoded = self.text_projection(self.bert(tokens.ids, tokens.positions, tokens.blocks))
         return EncodedText(encoded, tokens.mask, tokens.blocks, tokens.positions)
 
+    def encode_image(self, images: Float[Array, "batch height width 3"], *, rngs: nnx.Rngs | None = None) -> Maps:
+        """What depends on the images alone, computed once for all prompts: the backbone's maps and coarser ones.
+
+        All are in the detector's width, fine to coarse; ``rngs`` switches drop path on.
+        """
+        found = self.backbone(images, layers=self.config.stages, rngs=rngs)
+        maps = [project(level) for project, level in zip(self.input_projections, found, strict=False)]
+        coarsest = found[-1]
+        for project in self.input_projections[len(found) :]:
+            coarsest = project(coarsest)
+            maps.append(coarsest)
+        return maps
+
     def encode(
         self,
-        images: Float[Array, "batch height width 3"],
+        images: Float[Array, "batch height width 3"] | Maps,
         text: Tokens | EncodedText,
         *,
         pixel_mask: Bool[Array, "batch height width"] | None = None,
@@ -186,15 +201,15 @@ class GroundingDino(nnx.Module):
 
     def _scenes(
         self,
-        images: Float[Array, "batch height width 3"],
+        images: Float[Array, "batch height width 3"] | Maps,
         text: Tokens | EncodedText,
         pixel_mask: Bool[Array, "batch height width"] | None,
         rngs: nnx.Rngs | None,
     ) -> list[Scene]:
         """Image and text before the encoder and after each of its layers."""
         words = self.encode_text(text) if isinstance(text, Tokens) else text
-        words = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(images), *leaf.shape[1:])), words)
-        maps = self._maps(images, rngs)
+        maps = images if isinstance(images, list) else self.encode_image(images, rngs=rngs)
+        words = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(maps[0]), *leaf.shape[1:])), words)
         masks = [_resized(pixel_mask, level) for level in maps]
         levels = levels_of(masks)
         around = Surroundings(
@@ -212,16 +227,6 @@ class GroundingDino(nnx.Module):
             image, features = rematerialise(EncoderLayer.__call__, layer, inputs, key, when=self.config.remat)
             scenes.append(Scene(image, features, words.mask, levels))
         return scenes
-
-    def _maps(self, images: Array, rngs: nnx.Rngs | None) -> list[Float[Array, "batch _rows _columns features"]]:
-        """The backbone's maps and coarser ones, all in the detector's width."""
-        found = self.backbone(images, layers=self.config.stages, rngs=rngs)
-        maps = [project(level) for project, level in zip(self.input_projections, found, strict=False)]
-        coarsest = found[-1]
-        for project in self.input_projections[len(found) :]:
-            coarsest = project(coarsest)
-            maps.append(coarsest)
-        return maps
 
     def _positions(self, masks: list[Bool[Array, "batch _rows _columns"]]) -> Float[Array, "batch positions features"]:
         """Sine encodings of y and x, counted over valid positions, and the embedding of the level."""

@@ -15,13 +15,16 @@ from cast_jax.core.errors import UserError
 from cast_jax.core.rules import named_leaves
 from cast_jax.models.dinov2 import IMAGE_MEAN, IMAGE_STD
 from cast_jax.models.functional import Functional, count_parameters
+from cast_jax.models.hiera import Hiera
 from cast_jax.models.registry import build_segmenter, segmenter_config
 from cast_jax.models.resize import resize
 from cast_jax.models.segmenter import Prediction, score_instances
+from cast_jax.models.swin import Swin
 from cast_jax.models.teacher.grounded_sam2 import GroundedSam2, class_logits, corners_of, jittered
 from cast_jax.models.teacher.grounding_dino import GroundingDino
 from cast_jax.models.teacher.sam2 import Sam2
 from cast_jax.models.teacher.text import load_tokenizer, make_prompts
+from cast_jax.predict import Predictor
 
 CLASSES = ("person", "traffic light", "car")
 SIZE = (64, 96)
@@ -89,6 +92,26 @@ def test_long_lists_of_classes_take_several_prompts(folder, fused):
     assert np.all(np.isin(np.sum(np.asarray(probabilities) > 1e-5, axis=-1), (1, 2)))
 
 
+def test_an_image_is_encoded_once(folder, monkeypatch):
+    """By either network, however many prompts, boxes and given boxes there are."""
+    config = segmenter_config(spec(folder))
+    prompts = make_prompts(CLASSES, load_tokenizer(config.tokenizer), max_tokens=4 + 1)
+    assert len(prompts.tokens.ids) == 3
+    calls = []
+    for trunk in (Swin, Hiera):
+        original = trunk.__call__
+
+        def counted(self, *arguments, original=original, **options):
+            calls.append(type(self).__name__)
+            return original(self, *arguments, **options)
+
+        monkeypatch.setattr(trunk, "__call__", counted)
+    model = Functional(lambda rngs: GroundedSam2(config, prompts, rngs=rngs))
+    boxes = jax.ShapeDtypeStruct((2, 3, 4), jnp.float32)
+    jax.eval_shape(lambda params, boxes: model.apply(params, IMAGES, boxes=boxes), model.abstract(), boxes)
+    assert sorted(calls) == ["Hiera", "Swin"]
+
+
 def test_masks_teach_the_segmenter_and_classes_the_detector(fused):
     model, params, _ = fused
 
@@ -116,8 +139,42 @@ def test_class_logits_are_the_probabilities():
 
 
 def test_corners_are_cut_at_the_border():
-    boxes = jnp.array([[0.5, 0.5, 0.2, 0.4], [0.0, 1.0, 0.5, 0.5]])
-    np.testing.assert_allclose(corners_of(boxes), [[0.4, 0.3, 0.6, 0.7], [0, 0.75, 0.25, 1]], atol=1e-6)
+    boxes = jnp.array([[0.5, 0.5, 0.2, 0.4], [0.0, 1.0, 0.5, 0.5], [1.5, -0.4, 0.2, 0.4]])
+    expected = [[0.4, 0.3, 0.6, 0.7], [0, 0.75, 0.25, 1], [1, 0, 1, 0]]  # the last lies outside: a point at the border
+    np.testing.assert_allclose(corners_of(boxes), expected, atol=1e-6)
+
+
+def test_boxes_without_extent_and_outside_are_prompts_too(fused):
+    """Finite masks and gradients of what a detector may say, and of the zeros that pad the instances of an image."""
+    model, params, _ = fused
+    boxes = np.array([[[0, 0, 0, 0], [1, 0, 1, 0], [-0.5, 0.2, 1.7, 2.0], [0.6, 0.5, 0.2, 0.1]]], np.float32)
+
+    def total(params):
+        logits, iou = model.apply(params, IMAGES[:1], boxes=boxes, key=jax.random.key(0)).prompted
+        return jnp.mean(logits**2) + jnp.sum(iou), logits
+
+    gradient, logits = jax.jit(jax.grad(total, has_aux=True))(params)
+    assert np.isfinite(logits).all()
+    assert all(np.isfinite(leaf).all() for leaf in named_leaves(gradient).values())
+
+
+def test_an_image_without_detections_is_valid(fused):
+    """Nothing that scores enough: an image without instances, not a fault."""
+
+    class Grey:
+        categories = ()
+
+        def __len__(self):
+            return 2
+
+        def image(self, index):
+            return np.full((40, 70, 3), 100 + index, np.uint8)
+
+    model, params, _ = fused
+    found = list(Predictor(model, SIZE, batch_size=2, min_score=0.0)(params, Grey()))
+    assert [len(detections) > 0 for _, detections in found] == [True, True]
+    none = list(Predictor(model, SIZE, batch_size=2, min_score=1.0)(params, Grey()))
+    assert [(index, len(detections), detections.rles) for index, detections in none] == [(0, 0, []), (1, 0, [])]
 
 
 def test_images_of_any_size_are_resized(folder, fused):
