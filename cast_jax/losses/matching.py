@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from cast_jax.core.sharding import on_one_cpu
+
 # What costs that are not finite count as: far above any real one.
 _LARGE = 1e4
 
@@ -39,9 +41,9 @@ def match(
 def match_all(
     costs: Float[Array, "layers batch queries instances"], instance_valid: Bool[Array, "batch instances"]
 ) -> tuple[Int[Array, "layers batch instances"], Bool[Array, "layers batch instances"]]:
-    """:func:`match` for every layer and image. On a CPU one after another: side by side, all wait for the slowest."""
+    """:func:`match` for every layer and image. On one CPU one after another: side by side, all wait for the slowest."""
     valid = jnp.broadcast_to(instance_valid, (costs.shape[0], *instance_valid.shape))
-    if jax.default_backend() == "cpu":
+    if on_one_cpu():
         flat = jax.lax.map(
             lambda pair: match(*pair), (costs.reshape(-1, *costs.shape[2:]), valid.reshape(-1, valid.shape[-1]))
         )
