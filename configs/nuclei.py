@@ -51,8 +51,9 @@ def get_config(argument: str = "cast"):
     common.small_steps(config, STEPS, log_every=20, save_every=100)
     # One view of an image meets its labels; the contrast alone compares two.
     for step in config.steps.values():
-        step.objective.update({"supervised_views": ("strong",), "pseudo_label_views": ("strong",)})
-        if not step.pseudo_labels:
+        if step.pseudo_labels:
+            step.objective.update({"supervised_views": ("strong",), "pseudo_label_views": ("strong",)})
+        else:
             step.data.views = ("strong",)
     for name in ("finetune", "adapt"):
         config.steps[name].optimizer.learning_rate = 5e-4
