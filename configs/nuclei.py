@@ -11,11 +11,11 @@ from configs import common
 
 STEPS = {
     "pretrain": 1200,
-    "finetune": 100,
-    "adapt": 100,
-    "distill": 600,
-    "refine": 60,
-    "student_supervised": 660,
+    "finetune": 80,
+    "adapt": 60,
+    "distill": 400,
+    "refine": 40,
+    "student_supervised": 440,
 }
 
 
