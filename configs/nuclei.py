@@ -1,4 +1,4 @@
-"""Real images with few labels: 24 labelled and 136 unlabelled micrographs of nuclei, on a CPU in about half an hour.
+"""Real images with few labels: 24 labelled and 136 unlabelled micrographs of nuclei, within an hour on a CPU.
 
 python -m cast_jax.main --config configs/nuclei.py:cast --workdir runs/nuclei \
     --config.data.labelled=labelled.json --config.data.unlabelled=unlabelled/ --config.data.val=val.json

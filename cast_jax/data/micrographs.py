@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -52,7 +53,8 @@ def write_micrographs(
         if (known := read_json(path).get("info")) != made_with:
             raise DataError(f"{path}: other micrographs are here, made with {known}; delete the file or use another")
         return
-    images, entries = [], []
+    images: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     for index in tqdm(range(count), desc="painting micrographs", unit="image", disable=None):
         image, masks = paint(np.random.default_rng([seed, index]), *image_size)
         name = f"{index:06d}.png"
