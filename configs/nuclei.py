@@ -13,8 +13,8 @@ STEPS = {
     "pretrain": 1200,
     "finetune": 80,
     "adapt": 60,
-    "distill": 300,
-    "refine": 140,
+    "distill": 400,
+    "refine": 40,
     "student_supervised": 440,
 }
 
@@ -57,7 +57,8 @@ def get_config(argument: str = "cast"):
             step.data.views = ("strong",)
     for name in ("finetune", "adapt"):
         config.steps[name].optimizer.learning_rate = 5e-4
-    config.steps.refine.optimizer.learning_rate = 1e-3
+    # The labels alone, once more: at a high rate the student would forget what the pseudo-labels taught it.
+    config.steps.refine.optimizer.learning_rate = 2e-4
     config.pseudo_labels.threshold = 0.5
     common.teacher(config, arguments, default="")
     return config
