@@ -76,7 +76,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_ranges(self, split_seed="[0, inf)")
         check_choices(self, on_unreadable=("error", "skip"), category_ids=("instance100", "sceneparse150"))
-        wanted = {"coco": str, "cityscapes": int, "ade20k": int, "scenes": int}.get(self.kind, object)
+        wanted = {"coco": str, "nuclei": str, "cityscapes": int, "ade20k": int, "scenes": int}.get(self.kind, object)
         if not isinstance(self.labelled, wanted):
             raise UserError(
                 f"labelled is {self.labelled!r}; for kind {self.kind!r} it must be of type {wanted.__name__}"

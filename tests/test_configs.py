@@ -87,7 +87,7 @@ def test_the_paper_s_order_and_weights(file):
     steps = config.steps
     assert (steps.adapt.pseudo_labels, steps.distill.pseudo_labels) == ("finetuned", "adapted")
     # Adapt is reset to the pretrained teacher, where there is one.
-    assert steps.adapt.start == ("finetune" if file == "nuclei" else steps.finetune.start)
+    assert steps.adapt.start == steps.finetune.start
     assert steps.refine.start == "distill"
     for name, step in steps.items():
         semi = name in ("adapt", "distill")

@@ -14,6 +14,7 @@ from pycocotools import mask as coco_mask
 from cast_jax.core.annotations import encode_mask
 from cast_jax.core.errors import DataError
 from cast_jax.core.files import atomic_write
+from cast_jax.data.micrographs import write_micrographs
 from cast_jax.data.scenes import write_scenes
 from cast_jax.data.scenes_ade20k import write_as_ade20k
 from cast_jax.data.sources.ade20k import Ade20k
@@ -43,7 +44,8 @@ def open_datasets(data: Mapping[str, Any], workdir: Path) -> Datasets:
     """Opens (and for generated data, first writes) the sources of ``config.data``.
 
     ``kind`` is one of ``coco`` (own data: ``labelled``, ``unlabelled``, ``val``), ``cityscapes`` and ``ade20k``
-    (``root``) and ``scenes`` (generated into ``root`` or the workdir). ``split`` names the file that says which images
+    (``root``), ``scenes`` (generated into ``root`` or the workdir) and ``nuclei`` (as ``coco``, with generated
+    micrographs to pretrain on). ``split`` names the file that says which images
     are labelled and which are not (:func:`cast_jax.data.splits.read_split`); without one, ``labelled`` images of a
     published training set are drawn by ``split_seed``. Without any path, generated images stand in if ``generated``
     has some (smoke runs).
@@ -51,7 +53,7 @@ def open_datasets(data: Mapping[str, Any], workdir: Path) -> Datasets:
     Raises:
       DataError: an unknown kind, or a missing path, naming the key.
     """
-    kinds = {"coco": _coco, "cityscapes": _cityscapes, "ade20k": _ade20k, "scenes": _scenes}
+    kinds = {"coco": _coco, "cityscapes": _cityscapes, "ade20k": _ade20k, "scenes": _scenes, "nuclei": _nuclei}
     if data["kind"] not in kinds:
         raise DataError(f"config.data.kind {data['kind']!r} is unknown; known: {', '.join(kinds)}")
     return kinds[data["kind"]](data, workdir)
@@ -75,6 +77,14 @@ def _coco(data: Mapping[str, Any], workdir: Path) -> Datasets:
         return Datasets(whole, unlabelled, val)
     labelled, rest = _divided(whole, data["split"])
     return Datasets(Subset(whole, labelled), unlabelled or Unlabelled(whole, rest), val)
+
+
+def _nuclei(data: Mapping[str, Any], workdir: Path) -> Datasets:
+    datasets, generated = _coco(data, workdir), data["generated"]
+    path, size = workdir / "data" / "micrographs.json", tuple(generated["image_size"])
+    category = datasets.labelled.categories[0]
+    write_micrographs(path, count=generated["source"], image_size=size, seed=generated["seed"], category=category)
+    return dataclasses.replace(datasets, pretrain=Coco(path))
 
 
 def _cityscapes(data: Mapping[str, Any], workdir: Path) -> Datasets:

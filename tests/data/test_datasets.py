@@ -19,6 +19,7 @@ NOTHING = {"train": 0, "val": 0, "source": 0, "image_size": (32, 64), "seed": 0}
 def settings(kind: str, generated=GENERATED, **changes) -> dict[str, Any]:
     own = {
         "coco": common.COCO,
+        "nuclei": common.COCO,
         "cityscapes": {"root": "", "split": "", "labelled": 2},
         "scenes": {"root": "", "split": "", "labelled": 2},
     }
@@ -72,6 +73,16 @@ def test_cityscapes_by_number_and_by_list(scenes, tmp_path):
         message = rf"config\.data\.labelled is {labelled}, but must lie in \[1, 6\): there are 6 training images"
         with pytest.raises(DataError, match=message):
             open_datasets(settings("cityscapes", NOTHING, root=root, labelled=labelled), tmp_path)
+
+
+def test_nuclei_are_own_data_with_micrographs_to_pretrain_on(tmp_path):
+    datasets = open_datasets(settings("nuclei"), tmp_path)
+    assert datasets.pretrain is not None
+    assert [*sizes(datasets), len(datasets.pretrain)] == [2, 4, 2, 3]
+    assert datasets.pretrain.categories == datasets.labelled.categories[:1], "a label is a position in the task's"
+    assert datasets.pretrain.image(0).shape == (32, 64, 3)
+    again = open_datasets(settings("nuclei"), tmp_path)
+    assert ids(again.pretrain) == ids(datasets.pretrain)
 
 
 def test_generated_images_as_coco(tmp_path):
