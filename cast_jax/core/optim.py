@@ -150,7 +150,7 @@ class Optimizer:
         Returns (params, opt_state, global norm of the gradients before they are clipped).
         """
         trained, frozen = self.split(params)
-        # As products and one factor, which compile in less time than optax's sums and choices for each parameter.
+        # Products, and one factor for all: sums and choices for each parameter take longer to compile.
         square = lambda leaf: jnp.tensordot(leaf, leaf, leaf.ndim, precision=jax.lax.Precision.HIGHEST)
         norm = jnp.sqrt(sum(map(square, gradients.values())))
         if self.config.clip_norm is not None:
