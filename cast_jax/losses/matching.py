@@ -64,7 +64,7 @@ def _assign(cost: Float[Array, "rows columns"], row_valid: Bool[Array, "rows"]) 
     def waiting(column_of: Array) -> Array:
         return row_valid & (column_of < 0)
 
-    def augment(state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def augment(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         u, v, row_of, column_of = state
         start = jnp.argmax(waiting(column_of))
 
@@ -85,7 +85,7 @@ def _assign(cost: Float[Array, "rows columns"], row_valid: Bool[Array, "rows"]) 
         gain = jnp.where(scanned, reach - distance, 0.0)
         u = u.at[start].add(reach).at[jnp.where(row_of < 0, rows, row_of)].add(gain, mode="drop")
 
-        def turn(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        def turn(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
             """Gives ``column`` to the row that it was reached from; next is the column which that row had."""
             column, row_of, column_of, _ = state
             row = previous[column]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from benchmarks import torch_step
 from benchmarks.timing import median
-from benchmarks.torch_contrastive import blocked, literal
+from benchmarks.torch_contrastive import Contrast, blocked, literal
 
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.core.compiled import memory_bytes
@@ -53,7 +53,7 @@ def student_step(repeats: int) -> list[dict[str, Any]]:
         row["GiB (jax)"] = (memory_bytes(step.program) or 0) / 2**30
         theirs = [torch_step.views(group) for group in batch.values()]
         for kind, version in (("literal", literal), ("blocked", blocked)):
-            contrast = torch_step.Contrast(version, anchors) if anchors else None
+            contrast = Contrast(version, anchors) if anchors else None
             if contrast is None and kind == "blocked":
                 continue
             for how in ("eager", "compiled") if torch_step.DEVICE == "cuda" else ("eager",):

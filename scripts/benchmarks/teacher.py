@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from benchmarks.timing import medians, peak_mib, run
+from benchmarks.torch_contrastive import Contrast, literal
 from benchmarks.torch_teacher import DEVICE, Teacher, Update
 
+from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.core.annotations import pack_masks
 from cast_jax.core.sharding import shard_batch
 from cast_jax.losses.set_criterion import CriterionConfig
@@ -31,6 +33,7 @@ from cast_jax.trainer import TrainConfig, make_step
 
 CLASSES = ("person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
 INSTANCES = 10  # of an image, each a rectangle
+ANCHORS = 1_024  # of an image
 
 
 def teacher(repeats: int) -> list[dict[str, Any]]:
@@ -38,9 +41,10 @@ def teacher(repeats: int) -> list[dict[str, Any]]:
 
     On a CPU MM-Grounding-DINO-T with SAM2-T in float32, 512 x 512 and 256 x 256 for the update; elsewhere the paper's
     pair at 1024 x 1024, eight images at once, with products in bfloat16. Random weights, eight classes, 100 boxes an
-    image. An update is of one view: the detector's losses, those of every pixel of masks prompted with ten boxes an
-    image, and AdamW; ours with all kept that a gradient needs, as PyTorch does. Where there is room for two networks
-    of this size, also as configured: image by image, blocks computed again.
+    image. An update is one of ``adapt``, of two views an image: the detector's losses, those of every pixel of masks
+    prompted with ten boxes an image, the contrastive loss of 1,024 anchors an image (PyTorch's: as the paper words it),
+    and AdamW; ours with all kept that a gradient needs, as PyTorch does. Where there is room for two networks of this
+    size, also as configured: image by image, blocks computed again.
     """
     cpu = jax.default_backend() == "cpu"
     name, sides, batch = ("grounded_sam2_t", (512, 256), 1) if cpu else ("grounded_sam2_l", (1024, 1024), 8)
@@ -60,7 +64,7 @@ def teacher(repeats: int) -> list[dict[str, Any]]:
 
 
 def _spec(name: str, side: int, kept: bool) -> dict[str, Any]:
-    """``kept``: nothing is computed again in the gradient, and all images go together."""
+    """With ``kept`` nothing is computed again in the gradient, and all images go together."""
     spec = {"name": name, "tokenizer": "words", "detector_size": (side, side), "segmenter_size": (side, side)}
     if not kept:
         return spec
@@ -87,14 +91,14 @@ def _zero_shot(name: str, side: int, theirs: Teacher, repeats: int, images: int)
 
 
 def _update(name: str, side: int, theirs: Teacher, repeats: int, kept: bool) -> dict[str, Any]:
-    """Forward and backward of detector and prompted masks, and AdamW, for one labelled and one unlabelled image."""
+    """Forward and backward of ``adapt``'s three terms and AdamW, for one labelled and one unlabelled image."""
     objective = ObjectiveConfig(
         pseudo_label_weight=1.0,
-        supervised_views=("weak",),
-        pseudo_label_views=("weak",),
+        contrastive_weight=0.2,
         criterion=CriterionConfig(num_points=None),
+        contrastive=ContrastiveConfig(num_anchors=ANCHORS),
     )
-    projection = Functional(lambda rngs: ProjectionHead(256, 128, rngs=rngs))  # unused: there is no contrastive term
+    projection = Functional(lambda rngs: ProjectionHead(theirs.features, 128, rngs=rngs))
     recipe = SemiSupervised(_build(_spec(name, side, kept), side), projection, objective)
     step = make_step(recipe, TrainConfig(steps=1_000))
     images, masks, labels, boxes = _images(2, side), *_instances(2, side)
@@ -113,9 +117,9 @@ def _update(name: str, side: int, theirs: Teacher, repeats: int, kept: bool) -> 
         jax.block_until_ready(finite)
 
     coarse = masks.reshape(2, INSTANCES, side // 4, 4, side // 4, 4).mean((3, 5))  # what a predicted pixel stands for
-    tensors = lambda arrays: [torch.from_numpy(array).to(DEVICE) for array in arrays]
-    targets = tensors(coarse.astype(np.float32)), tensors(labels.astype(np.int64)), tensors(boxes)
-    update = Update(theirs, _normalised(images), *targets)
+    both = lambda arrays: [torch.from_numpy(array).to(DEVICE) for array in [*arrays, *arrays]]  # the same in both views
+    targets = both(coarse.astype(np.float32)), both(labels.astype(np.int64)), both(boxes)
+    update = Update(theirs, Contrast(literal, ANCHORS), _normalised(np.concatenate([images, images])), *targets)
     torchs = lambda: _wait(update())
     return _row(2, count_parameters(recipe.abstract()), compiling, step.program, ours, torchs, repeats)
 
@@ -186,7 +190,7 @@ def _instances(images: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def _group(images: np.ndarray, masks: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """A group of the loader's batches, with one view."""
+    """A group of the loader's batches, whose two views are the same."""
     count, side = len(images), images.shape[1]
     view = {
         "image": images,
@@ -197,4 +201,5 @@ def _group(images: np.ndarray, masks: np.ndarray, labels: np.ndarray) -> dict[st
         "scores": np.ones(labels.shape, np.float32),
         "ignore": np.zeros((count, side, side // 8), np.uint8),
     }
-    return {"weak": view, "instances_cut": np.zeros(count, np.int32)}
+    same = np.tile(np.eye(2, 3, dtype=np.float32), (count, 1, 1))
+    return {"weak": view, "strong": view, "strong_to_weak": same, "instances_cut": np.zeros(count, np.int32)}

@@ -6,9 +6,52 @@ loss and leave its gradient in ``z_weak.grad`` and ``z_strong.grad``.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
+
 import torch
 
 BLOCK = 128  # anchors at a time in the fast version; as many as share a pool of proposals in ours
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+    """The contrastive term of an update: how it is computed, anchors an image, negatives, temperature, weight."""
+
+    version: Callable[..., float]
+    anchors: int
+    negatives: int = 256
+    temperature: float = 0.2
+    weight: float = 0.2
+
+    def __call__(
+        self, projection: torch.nn.Module, features: Sequence[torch.Tensor], fused_map: torch.Tensor
+    ) -> torch.Tensor:
+        """A scalar with the weighted loss's gradient.
+
+        Features of the weak and the strong view and the fused map of the weak one are ``[images, channels, h, w]``.
+        """
+        flat = [view.permute(0, 2, 3, 1).flatten(0, 2) for view in (*features, fused_map)]
+        embeddings, g = [torch.nn.functional.normalize(projection(view), dim=-1) for view in flat[:2]], flat[2]
+        anchors = torch.randperm(len(g), device=g.device)[: self.anchors * len(fused_map)]
+        leaves = [z.detach().requires_grad_() for z in embeddings]
+        self.version(*leaves, g, anchors, self.negatives, self.temperature)
+        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        products = [(z * to_z).sum() for z, to_z in zip(embeddings, gradients, strict=True)]
+        return self.weight * torch.stack(products).sum()
+
+
+def projection_head(features: int) -> torch.nn.Module:
+    """From pixel features to embeddings."""
+    return torch.nn.Sequential(torch.nn.Linear(features, 128), torch.nn.ReLU(), torch.nn.Linear(128, 128))
+
+
+@torch.no_grad()
+def pseudo_probability(mask_logits: torch.Tensor, class_logits: torch.Tensor) -> torch.Tensor:
+    """The fused map (method.md section 3): instance probabilities beside class probabilities of each pixel."""
+    masks = mask_logits.softmax(1)
+    classes = torch.einsum("bqhw,bqc->bchw", masks, class_logits.softmax(-1))
+    return torch.cat([masks, classes], 1)
 
 
 def literal(

@@ -6,12 +6,12 @@ by scipy) on weak and strong views of labelled and pseudo-labelled images, and t
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.torch_contrastive import Contrast, projection_head, pseudo_probability
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss, Mask2FormerTransformerModule
 
@@ -86,17 +86,6 @@ class Student(torch.nn.Module):
         return torch.stack([(2.0 if "cross_entropy" in name else 5.0) * term for name, term in terms.items()]).sum()
 
 
-@dataclasses.dataclass(frozen=True)
-class Contrast:
-    """The contrastive term: how it is computed, anchors an image, negatives, temperature, weight."""
-
-    version: Callable[..., float]
-    anchors: int
-    negatives: int = 256
-    temperature: float = 0.2
-    weight: float = 0.2
-
-
 class Update:
     """One update of AdamW from the two views of both groups; a call makes it."""
 
@@ -110,9 +99,7 @@ class Update:
         compiled: bool = False,
     ):
         self.student, self.contrast, self.groups = Student(config, classes).train().to(DEVICE), contrast, groups
-        dim = config.decoder.features
-        layers = torch.nn.Linear(dim, 128), torch.nn.ReLU(), torch.nn.Linear(128, 128)
-        self.projection = torch.nn.Sequential(*layers).to(DEVICE)
+        self.projection = projection_head(config.decoder.features).to(DEVICE)
         self.parameters = [*self.student.parameters(), *self.projection.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
         self.forward = torch.compile(self.student) if compiled else self.student
@@ -131,32 +118,10 @@ class Update:
                 total = total + self.student.loss(predictions, masks, labels)
                 kept.append(pixels.float())
                 if view is weak:
-                    maps.append(_pseudo_probability(**predictions[-1]))
+                    maps.append(pseudo_probability(*predictions[-1].values()))
         if self.contrast:
-            total = total + self.contrast.weight * self._contrast(self.contrast, features, maps)
+            total = total + self.contrast(self.projection, [torch.cat(view) for view in features], torch.cat(maps))
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         return float(total.detach())
-
-    def _contrast(
-        self, contrast: Contrast, features: Sequence[list[torch.Tensor]], maps: list[torch.Tensor]
-    ) -> torch.Tensor:
-        """A scalar with the loss's gradient."""
-        flat = [torch.cat(view).permute(0, 2, 3, 1).flatten(0, 2) for view in features]
-        embeddings = [torch.nn.functional.normalize(self.projection(values), dim=-1) for values in flat]
-        g = torch.cat(maps).permute(0, 2, 3, 1).flatten(0, 2)
-        images = sum(len(view) for view in features[0])
-        anchors = torch.randperm(len(g), device=DEVICE)[: contrast.anchors * images]
-        leaves = [z.detach().requires_grad_() for z in embeddings]
-        contrast.version(*leaves, g, anchors, contrast.negatives, contrast.temperature)
-        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-        return torch.stack([(z * to_z).sum() for z, to_z in zip(embeddings, gradients, strict=True)]).sum()
-
-
-def _pseudo_probability(masks_queries_logits: torch.Tensor, class_queries_logits: torch.Tensor) -> torch.Tensor:
-    """The fused map (method.md section 3): instance probabilities beside class probabilities of each pixel."""
-    with torch.no_grad():
-        masks = masks_queries_logits.softmax(1)
-        classes = torch.einsum("bqhw,bqc->bchw", masks, class_queries_logits.softmax(-1))
-        return torch.cat([masks, classes], 1)
