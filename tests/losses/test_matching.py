@@ -62,3 +62,23 @@ def test_small_differences_decide():
 def test_no_instances(shape):
     _, matched = run(jnp.ones(shape), jnp.zeros(shape[1], bool))
     assert not matched.any()
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (100, 12)])
+def test_instances_that_all_want_the_same_queries(shape):
+    """Each claims its cheapest query first; here that is nearly always taken, and paths are long."""
+    rng = np.random.default_rng(4)
+    for noise in (0.0, 0.01, 0.3):
+        cost = rng.normal(size=(shape[0], 1)) + noise * rng.normal(size=shape)
+        check(cost, rng.random(shape[1]) < 0.7)
+
+
+def test_many_at_once_are_matched_as_one_by_one():
+    rng = np.random.default_rng(5)
+    costs = jnp.asarray(rng.normal(size=(6, 20, 8)) + 3.0 * rng.normal(size=(6, 20, 1)), jnp.float32)
+    valid = jnp.asarray(rng.random((6, 8)) < 0.7)
+    together = jax.jit(jax.vmap(match))(costs, valid)
+    for number in range(len(costs)):
+        query, matched = run(costs[number], valid[number])
+        np.testing.assert_array_equal(together[1][number], matched)
+        np.testing.assert_array_equal(together[0][number][matched], query[matched])
