@@ -20,7 +20,7 @@ from cast_jax import pipeline
 from cast_jax.core import distributed
 from cast_jax.core.errors import DivergedError, UserError
 from cast_jax.core.logging import setup_logging
-from cast_jax.core.runtime import platform_notes, setup
+from cast_jax.core.runtime import StopSignals, platform_notes, setup
 from cast_jax.preflight import make_workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command continues what is there.")
@@ -47,7 +47,8 @@ def main(argv: list[str]) -> None:
         setup_logging(workdir / "log.txt")
         for note in platform_notes():
             logger.warning("%s", note)
-        pipeline.run(config, workdir)
+        with StopSignals() as stop, stop.by_force():
+            pipeline.run(config, workdir)
     except (UserError, DivergedError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = f" (for {workdir}): free some, then run the same command again to continue" if full else ""

@@ -136,12 +136,14 @@ class StopSignals:
         self.received: int | None = None
         self._at_once = self._by_force = False
         self._previous: dict[int, Any] = {}
+        self._wakeup: int | None = None
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._handle)
+            self._wakeup = signal.set_wakeup_fd(-1)  # of a ``by_force`` around this
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -161,7 +163,7 @@ class StopSignals:
     def by_force(self) -> Iterator[None]:
         """Within, a signal ends the process even inside a call that Python cannot interrupt, such as compiling.
 
-        Nothing is cleaned up: for work during which nothing is being saved.
+        Nothing is cleaned up: for work that a kill cannot harm. Another ``StopSignals`` within acts in its place.
         """
         self.exit_if_received()
         if threading.current_thread() is not threading.main_thread():
@@ -212,3 +214,6 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+        if self._wakeup is not None:
+            signal.set_wakeup_fd(self._wakeup)
+            self._wakeup = None

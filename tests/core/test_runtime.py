@@ -98,6 +98,25 @@ def test_by_force_a_signal_ends_a_call_that_python_cannot_interrupt(number):
     assert f"{number.name}: stopping; run the same command again to continue" in said
 
 
+INSIDE_ANOTHER = """
+import os, signal
+from cast_jax.core.runtime import StopSignals
+with StopSignals() as outer, outer.by_force():
+    with StopSignals() as inner:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert inner.received == signal.SIGTERM
+        print("saved", flush=True)
+    print("next", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("not reached", flush=True)
+"""
+
+
+def test_within_work_that_ends_by_force_other_work_may_save_first():
+    process = subprocess.run([sys.executable, "-c", INSIDE_ANOTHER], capture_output=True, text=True, timeout=60)
+    assert (process.stdout.split(), process.returncode) == (["saved", "next"], 143)
+
+
 def test_by_force_changes_nothing_where_no_signal_comes():
     with runtime.StopSignals() as stop:
         with stop.by_force():
