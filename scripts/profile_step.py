@@ -1,15 +1,16 @@
 """Profiles the update that a run would make: its operations, memory, traffic and time, in all and by part of the model.
 
 python scripts/profile_step.py --config configs/cityscapes.py:distill [--config.… as for a run] \
-    [--workdir DIR] [--steps N] [--trace DIR] [--hlo FILE] [--json FILE] [--peak TFLOPS] [--abstract]
+    [--workdir DIR] [--steps N] [--trace DIR] [--hlo FILE] [--json FILE] [--peak TFLOPS] [--abstract | --tpu v5e:2x2]
 
 Recipe, sizes, mesh and optimiser are the run's; weights are random. Images are the run's if the configuration names
 some, and noise otherwise; pseudo-labels are those in the workdir, or else the labelled images take their place.
-``--abstract`` only compiles: a full-size step on a small machine.
+``--abstract`` only compiles: a full-size step on a small machine. So does ``--tpu``, for a slice that is not there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -23,7 +24,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from cast_jax.core import profiling
+from cast_jax.core import profiling, target
 from cast_jax.core.annotations import Category
 from cast_jax.core.errors import UserError
 from cast_jax.core.logging import setup_logging
@@ -46,6 +47,7 @@ _HLO = flags.DEFINE_string("hlo", None, "File for the compiled program's text.")
 _JSON = flags.DEFINE_string("json", None, "File for all figures.")
 _PEAK = flags.DEFINE_float("peak", None, "What a device can do at most, TFLOP/s, where its name does not tell.")
 _ABSTRACT = flags.DEFINE_bool("abstract", False, "Compile only: nothing is allocated, nothing runs.")
+_TPU = flags.DEFINE_string("tpu", None, "TPU slice to compile for, such as v5e:2x2; needs libtpu. As --abstract.")
 _CLASSES = flags.DEFINE_integer("classes", 8, "Classes, where there are no images to tell.", lower_bound=1)
 _INSTANCES = flags.DEFINE_integer("instances", 20, "Instances an image, where there are no images to tell.")
 
@@ -62,7 +64,8 @@ def main(argv: list[str]) -> None:
     setup_logging()
     try:
         setup(config["runtime"])
-        with tempfile.TemporaryDirectory() as folder:
+        elsewhere = target.tpu_slice(_TPU.value) if _TPU.value else contextlib.nullcontext()
+        with elsewhere, tempfile.TemporaryDirectory() as folder:
             profile(config, Path(flags.FLAGS.workdir or folder), Path(_TRACE.value or Path(folder) / "trace"))
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -70,6 +73,7 @@ def main(argv: list[str]) -> None:
 
 def profile(config: dict[str, Any], workdir: Path, trace: Path) -> None:
     """Compiles ``config.step``'s update, runs it and prints what it costs."""
+    abstract = bool(_ABSTRACT.value or _TPU.value)
     pipeline = Pipeline(config, workdir)
     run, name = pipeline.config, pipeline.config.step
     check_settings(run, pipeline.mesh)
@@ -77,7 +81,7 @@ def profile(config: dict[str, Any], workdir: Path, trace: Path) -> None:
         raise UserError(f"config.step is {name!r}; name a step that is trained: {', '.join(run.steps)}")
     batch, categories = first_batch(pipeline, name)
     step = make_step(run.recipe(name, categories), run.train_config(name))
-    if _ABSTRACT.value:
+    if abstract:
         sharding = batch_sharding(step.mesh)
         batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), batch)
         state = step.like
@@ -87,7 +91,7 @@ def profile(config: dict[str, Any], workdir: Path, trace: Path) -> None:
     if _HLO.value:
         Path(_HLO.value).write_text(step.program.as_text())
     found = profiling.report(step, peak=_PEAK.value and 1e12 * _PEAK.value)
-    if not _ABSTRACT.value:
+    if not abstract:
         state, seconds = timed(step, state, batch)
         with profiling.tracing(trace):
             for number in range(TRACED):
@@ -98,7 +102,7 @@ def profile(config: dict[str, Any], workdir: Path, trace: Path) -> None:
         found["images_per_second"] = count_images(batch) / seconds
         found["hours"] = run.steps[name].train.steps * seconds / 3600
     print(profiling.as_text(found))
-    if not _ABSTRACT.value:
+    if not abstract:
         updates = run.steps[name].train.steps
         print(f"\n{found['images_per_second']:.3g} images/s; {updates:,} updates take {clock(updates * seconds)}")
     if _JSON.value:

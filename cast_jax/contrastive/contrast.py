@@ -24,6 +24,7 @@ from cast_jax.contrastive.fused_map import normalise
 from cast_jax.contrastive.peers import ALONE, Peers
 from cast_jax.contrastive.samplers import Drawn, draw_pool, draw_rows, mixture_proposals, prepare_proposals
 from cast_jax.contrastive.scores import CandidateMap, candidate_map
+from cast_jax.core import target
 
 _ROWS = 8  # anchors of a device that a row sampler serves at a time: what it holds grows with rows × candidates
 
@@ -138,7 +139,7 @@ def _wide(z):
 
 def product_dtype(dtype: Any) -> Any:
     """What similarities are multiplied in: bfloat16 on accelerators, where they are added up in ``dtype``."""
-    return dtype if jax.default_backend() == "cpu" else jnp.bfloat16
+    return dtype if target.backend() == "cpu" else jnp.bfloat16
 
 
 def _contrast_rows(config, z_anchors, z_positives, z_negatives, taken, anchors, regions):

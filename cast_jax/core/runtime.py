@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 
+from cast_jax.core import target
 from cast_jax.core.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def platform_notes() -> list[str]:
 
 def compute_dtype(backend: str | None = None) -> Any:
     """bfloat16 on gpu and tpu, float32 on cpu (where XLA has no fast bfloat16 path). Parameters stay float32."""
-    return jnp.float32 if (backend or jax.default_backend()) == "cpu" else jnp.bfloat16
+    return jnp.float32 if (backend or target.backend()) == "cpu" else jnp.bfloat16
 
 
 def host_memory_gib() -> float | None:
@@ -116,6 +117,8 @@ def memory_limit() -> int | None:
 
     None where nobody says.
     """
+    if target.backend() != jax.default_backend():
+        return None
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from cast_jax.core import target
 from cast_jax.core.errors import UserError
 from cast_jax.core.rules import match_rules, named_leaves, unnamed
 
@@ -34,7 +35,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     where it can.
     """
     sizes = {"data": -1, "fsdp": 1} | dict(shape or {})
-    devices = sorted(jax.devices() if devices is None else devices, key=lambda device: device.process_index)
+    devices = sorted(target.devices() if devices is None else devices, key=lambda device: device.process_index)
     if unknown := set(sizes) - set(AXES):
         raise UserError(f"mesh: unknown axes {sorted(unknown)}; known: {', '.join(AXES)}")
     free = [axis for axis in AXES if sizes[axis] == -1]
@@ -150,7 +151,7 @@ def batch_axes() -> tuple[str, ...]:
 
 def on_one_cpu() -> bool:
     """Whether to compute as is fast on a CPU: image by image, which on a mesh would gather all images everywhere."""
-    return jax.default_backend() == "cpu" and not batch_axes()
+    return target.backend() == "cpu" and not batch_axes()
 
 
 def join_batches(trees: Sequence[Any]) -> Any:

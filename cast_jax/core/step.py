@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -82,8 +83,7 @@ class TrainStep:
         seed: int = 0,
     ) -> None:
         self.recipe, self.mesh, self.ema_decay, self.accumulate = recipe, mesh, ema_decay, accumulate
-        self._init_key, step_key = jax.random.split(jax.random.key(seed))
-        self._key = replicate(step_key, mesh)
+        self._init_key, self._step_key = jax.random.split(jax.random.key(seed))
         self._params = jax.eval_shape(recipe.init, self._init_key)
         self.optimizer = make_optimizer(optimizer, self._params, steps)
         self._param_shardings = param_shardings(self._params, mesh, rules)
@@ -114,9 +114,10 @@ class TrainStep:
         logger.info("compiling the %s step ...", name)
         begin = time.monotonic()
         everywhere = replicated(self.mesh)
+        key = jax.ShapeDtypeStruct(self._step_key.shape, self._step_key.dtype, sharding=everywhere)
         jitted = jax.jit(self._step, donate_argnums=0, out_shardings=(self._shardings, everywhere, everywhere))
         with jax.set_mesh(self.mesh):
-            self.traced = jitted.trace(state, frozen, batch, self._key)
+            self.traced = jitted.trace(state, frozen, batch, key)
             self.program = self.traced.lower().compile()
         logger.info("compiling the %s step done in %.1f s", name, time.monotonic() - begin)
         _report_memory(name, memory_bytes(self.program), memory_limit())
@@ -127,6 +128,10 @@ class TrainStep:
         """(new state, metrics, whether loss and gradients were finite). ``state`` is donated; nothing is waited for."""
         assert self.program is not None, "compile first"
         return self.program(state, frozen, batch, self._key)
+
+    @functools.cached_property
+    def _key(self) -> PRNGKeyArray:
+        return replicate(self._step_key, self.mesh)
 
     def _new_state(self, params: Any) -> TrainState:
         init_bank = getattr(self.recipe, "init_bank", None)
