@@ -1,17 +1,20 @@
 """The memory of one update of `adapt` with the fused teacher, by compiling it without running it.
 
-python scripts/teacher_memory.py [--model grounded_sam2_l] [--side 1024] [--batch 1]
+python scripts/teacher_memory.py [--model grounded_sam2_l] [--side 1024] [--batch 1] [--dtype bfloat16]
 
-Prints what XLA's ``memory_analysis`` says of the compiled update: parameters, both moments, batch and activations. On a
-CPU activations are float32, twice as large as the bfloat16 of accelerators, and kept without an accelerator's fused
-attention: an upper bound. Compiling the largest model takes minutes, and no parameters are allocated.
+Prints what XLA's ``memory_analysis`` says of the compiled update: parameters, both moments, batch and activations. The
+latter are of ``--dtype``: bfloat16 as on accelerators, or float32. Compiling the largest model takes minutes, and no
+parameters are allocated.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,9 +24,9 @@ from cast_jax.core.annotations import Category
 from cast_jax.core.compiled import memory_bytes
 from cast_jax.core.config import build
 from cast_jax.models.functional import count_parameters
+from cast_jax.models.registry import build_segmenter
 from cast_jax.settings import RunConfig
 from cast_jax.trainer import make_step
-from configs import cityscapes
 
 CLASSES = ("person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
 
@@ -34,13 +37,18 @@ def main() -> None:
     parser.add_argument("--model", default="grounded_sam2_l")
     parser.add_argument("--side", type=int, default=1024, help="of the square images")
     parser.add_argument("--batch", type=int, default=1, help="labelled images, and as many unlabelled ones")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of what is computed")
     options = parser.parse_args()
+    sys.path.insert(0, str(Path.cwd()))
+    cityscapes = importlib.import_module("configs.cityscapes")
     config = cityscapes.get_config(f"adapt,teacher={options.model}").to_dict()
     config["model"]["teacher"]["tokenizer"] = "words"  # the same shapes
     config["data"]["image_size"] = (options.side, options.side)
     config["steps"]["adapt"]["data"] |= {"batch_labelled": options.batch, "batch_unlabelled": options.batch}
     run = build(RunConfig, config, "config")
     recipe = run.recipe("adapt", [Category(number, name) for number, name in enumerate(CLASSES)])
+    size = (options.side, options.side)
+    recipe.segmenter = build_segmenter(run.model["teacher"], CLASSES, size, dtype=jnp.dtype(options.dtype))
     started = time.monotonic()
     step = make_step(recipe, run.train_config("adapt"))
     group = abstract_group(options.batch, options.side, run.data.max_instances)
@@ -55,7 +63,7 @@ def main() -> None:
         "together, GiB": round((memory_bytes(step.program) or 0) / 2**30, 2),
         "compiled in, s": round(time.monotonic() - started),
         "device": jax.devices()[0].device_kind,
-        "dtype": str(jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)),
+        "dtype": options.dtype,
     }
     print(json.dumps(described, indent=2))
 

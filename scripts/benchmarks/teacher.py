@@ -39,8 +39,8 @@ ANCHORS = 1_024  # of an image
 def teacher(repeats: int) -> list[dict[str, Any]]:
     """Zero-shot masks, and an update of one labelled and one pseudo-labelled image.
 
-    On a CPU MM-Grounding-DINO-T with SAM2-T at 512 x 512, and for the update, whose compilation alone takes 20 GiB at
-    their size, both with fewer and narrower layers at 256 x 256, in float32; elsewhere the paper's pair at 1024 x 1024,
+    On a CPU MM-Grounding-DINO-T with SAM2-T at 512 x 512, and for the update, which takes 20 GiB at their size, both
+    with fewer and narrower layers at 256 x 256, in float32; elsewhere the paper's pair at 1024 x 1024,
     eight images at once, with products in bfloat16. Random weights, eight classes, 100 boxes an image. An update is one
     of ``adapt``, of two views an image: the detector's losses, those of every pixel of masks prompted with ten boxes an
     image, the contrastive loss of 1,024 anchors an image (PyTorch's: as the paper words it), and AdamW; ours keeps all
