@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from cast_jax.core.sharding import on_one_cpu
+from cast_jax.core import target
+from cast_jax.core.sharding import batch_axes
 
 # What costs that are not finite count as: far above any real one.
 _LARGE = 1e4
@@ -38,14 +40,23 @@ def match(
 def match_all(
     costs: Float[Array, "layers batch queries instances"], instance_valid: Bool[Array, "batch instances"]
 ) -> tuple[Int[Array, "layers batch instances"], Bool[Array, "layers batch instances"]]:
-    """:func:`match` for every layer and image. On one CPU one after another: side by side, all wait for the slowest."""
+    """:func:`match` for every layer and image, each device its own: loops over all devices would wait at every turn."""
+    axes = batch_axes()
+    if not axes or costs.shape[1] % jax.sharding.get_abstract_mesh().size:
+        return _match_here(costs, instance_valid)
+    rows, layers = PartitionSpec(axes), PartitionSpec(None, axes)
+    return jax.shard_map(_match_here, in_specs=(layers, rows), out_specs=layers, check_vma=False)(costs, instance_valid)
+
+
+def _match_here(costs: Array, instance_valid: Array) -> tuple[Array, Array]:
+    """On a CPU one after another: side by side, all wait for the slowest."""
     valid = jnp.broadcast_to(instance_valid, (costs.shape[0], *instance_valid.shape))
-    if on_one_cpu():
-        flat = jax.lax.map(
-            lambda pair: match(*pair), (costs.reshape(-1, *costs.shape[2:]), valid.reshape(-1, valid.shape[-1]))
-        )
-        return jax.tree.map(lambda result: result.reshape(valid.shape), flat)
-    return jax.vmap(jax.vmap(match))(costs, valid)
+    if target.backend() != "cpu":
+        return jax.vmap(jax.vmap(match))(costs, valid)
+    flat = jax.lax.map(
+        lambda pair: match(*pair), (costs.reshape(-1, *costs.shape[2:]), valid.reshape(-1, valid.shape[-1]))
+    )
+    return jax.tree.map(lambda result: result.reshape(valid.shape), flat)
 
 
 def _assign(cost: Float[Array, "rows columns"], row_valid: Bool[Array, "rows"]) -> Int[Array, "rows"]:

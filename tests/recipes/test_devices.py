@@ -23,7 +23,9 @@ from cast_jax.core.compiled import collective_bytes
 from cast_jax.core.optim import OptimizerConfig
 from cast_jax.core.rules import named_leaves
 from cast_jax.core.step import TrainStep
+from cast_jax.losses.matching import match_all
 from cast_jax.recipes.semi_supervised import SemiSupervised
+from jax.sharding import NamedSharding, PartitionSpec
 
 sharding.SMALL = 64
 contrastive = ContrastiveConfig(num_negatives=8, num_anchors=32, group_size=16)
@@ -63,6 +65,14 @@ parameters = sum(4 * leaf.size for leaf in named_leaves(step.like.params).values
 proposals = 32 * 2 * contrastive.num_slots
 pools = proposals * 4 * (4 + 12 + 2 * 8 + 2)
 assert sum(exchanged.values()) < parameters + pools + 60_000, (exchanged, parameters, pools)
+
+# Devices match their own images: were their loops one, it would wait for all of them at every turn.
+mesh = sharding.make_mesh({"data": 8})
+places = [NamedSharding(mesh, PartitionSpec(*layers, sharding.AXES)) for layers in ((None,), ())]
+costs, valid = jax.ShapeDtypeStruct((2, 16, 5, 3), np.float32), jax.ShapeDtypeStruct((16, 3), bool)
+with jax.set_mesh(mesh):
+    program = jax.jit(match_all, in_shardings=places).lower(costs, valid).compile()
+assert collective_bytes(program) == {}, program.as_text()
 
 split, step = losses(sharding.make_mesh({"data": 2, "fsdp": 4}))
 assert any("fsdp" in leaf.sharding.spec for leaf in named_leaves(step.like.params).values())
