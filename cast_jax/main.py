@@ -29,6 +29,11 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: configs/
 # A field of a model or a step: not in the configuration unless it differs from the default (a model's: of its name).
 _FIELD = re.compile(r"--config\.(model|steps)\.(\w+)\.([\w.]+)=(.*)", re.DOTALL)
 
+# How XLA's errors begin, or what they say, where a process does not get an answer from another.
+_OTHERS_FAULT = re.compile(
+    r"^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED)|gloo|nccl|heartbeat|connection|socket|remote process", re.I
+)
+
 _AGAIN = "start all processes again with the same command to continue"
 
 logger = logging.getLogger("cast_jax.main")  # run as a program, __name__ is "__main__"
@@ -60,7 +65,10 @@ def main(argv: list[str]) -> None:
         if not distributed.several():
             raise
         reason = str(error).splitlines()[0][:200]
-        logger.error("error: another process is gone, or cannot be reached (%s); %s", reason, _AGAIN)
+        if _OTHERS_FAULT.search(reason):
+            logger.error("error: another process is gone, or cannot be reached (%s); %s", reason, _AGAIN)
+        else:
+            logger.exception("error: %s", reason)
         distributed.leave(1)
     except BaseException:
         if not distributed.several():

@@ -6,6 +6,7 @@ always ends in the same workdir.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -24,7 +25,7 @@ from cast_jax.core import distributed
 from cast_jax.core.annotations import Category, Detections, Instances
 from cast_jax.core.config import build, differences, to_json
 from cast_jax.core.errors import UserError
-from cast_jax.core.files import atomic_write, read_json, remove_temporaries, write_json
+from cast_jax.core.files import atomic_write, only_writer, read_json, remove_temporaries, write_json
 from cast_jax.core.logging import environment
 from cast_jax.core.sharding import make_mesh, param_shardings, place, shard_batch
 from cast_jax.data.checks import SeenImages, check_sources
@@ -32,6 +33,7 @@ from cast_jax.data.datasets import Datasets, open_datasets
 from cast_jax.data.pipeline import make_loader
 from cast_jax.data.prefetch import Prefetcher
 from cast_jax.data.pseudo_labels import PseudoLabels, PseudoLabelWriter, confident
+from cast_jax.data.review import finish_import
 from cast_jax.data.sources.base import Source
 from cast_jax.data.sources.cached import Cached
 from cast_jax.data.sources.pseudo_labelled import PseudoLabelled
@@ -68,6 +70,7 @@ from cast_jax.visualize import contact_sheet, overlay, save_image, side_by_side
 
 logger = logging.getLogger(__name__)
 
+LABELS = 100  # candidates for pseudo-labels an image, or as many as an image has slots for instances
 MANY_PARAMETERS = 10.0  # millions, above which random initial weights are most likely an oversight
 
 
@@ -82,6 +85,11 @@ def run(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
         settings = build(RunConfig, config, "config").data
         datasets = open_datasets({**dataclasses.asdict(settings), "on_unreadable": "skip"}, workdir)
         return check_data(datasets.of_the_task(), settings.max_instances, workdir / "check_data")
+    with only_writer(workdir) if distributed.is_first() else contextlib.nullcontext():
+        return _run_alone(config, workdir)
+
+
+def _run_alone(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     require_same(config, workdir)
     if distributed.is_first():
         remove_temporaries(workdir)
@@ -272,23 +280,24 @@ class Pipeline:
 
     # Prediction
 
-    def _predictor(self, segmenter: Functional) -> Predictor:
-        options = self.config.evaluate
+    def _predictor(self, segmenter: Functional, *, labelling: bool = False) -> Predictor:
+        """What evaluates a model, or ``labelling``: that must not depend on how models are looked at."""
+        options, data = self.config.evaluate, self.config.data
         return Predictor(
             segmenter,
-            self.config.data.image_size,
+            data.image_size,
             batch_size=options.batch_size,
-            max_detections=options.max_detections,
-            min_score=options.min_score,
+            max_detections=max(LABELS, data.max_instances) if labelling else options.max_detections,
+            min_score=self.config.pseudo_labels.threshold if labelling else options.min_score,
             mesh=self.mesh,
         )
 
-    def _trained(self, name: str) -> tuple[Predictor, Params]:
+    def _trained(self, name: str, *, labelling: bool = False) -> tuple[Predictor, Params]:
         path = result(self.workdir, name)
         params, _, _ = load_weights(path)
         segmenter = self.config.segmenter(self.config.steps[name].model, self.categories)
         params = merge_weights(segmenter.abstract(), params, (), str(path))
-        return self._predictor(segmenter), place(params, param_shardings(params, self.mesh))
+        return self._predictor(segmenter, labelling=labelling), place(params, param_shardings(params, self.mesh))
 
     def _evaluate(
         self, predictor: Predictor, params: Params, folder: Path, exported: Path | None = None
@@ -369,6 +378,9 @@ class Pipeline:
         step = TEACHERS[which]
         folder, source = self.workdir / "pseudo_labels" / which, self.datasets.unlabelled
         options = self.config.pseudo_labels
+        if distributed.is_first():
+            finish_import(folder)
+        distributed.barrier()
         writer = PseudoLabelWriter(
             folder,
             source,
@@ -384,7 +396,7 @@ class Pipeline:
             if distributed.is_first() and not (folder / "contact_sheet.jpg").exists():  # reviewed since
                 self._contact_sheet(folder)
             return
-        predictor, params = self._trained(step)
+        predictor, params = self._trained(step, labelling=True)
         own = pending[jax.process_index() :: jax.process_count()]
         for number in own + [None] * (-(-len(pending) // jax.process_count()) - len(own)):  # all predict together
             indices = [] if number is None else list(writer.shard(number).indices)
@@ -425,7 +437,7 @@ class Pipeline:
     def audit(self) -> None:
         """Trains the teacher without a share of the labels and holds its pseudo-labels against these."""
         self.train("audit")
-        predictor, params = self._trained("audit")
+        predictor, params = self._trained("audit", labelling=True)
         folder, options = self.workdir / "audit", self.config.pseudo_labels
         _, hidden = self._hidden_share()
         shown = set(np.linspace(0, len(hidden) - 1, min(self.config.audit.pictures, len(hidden))).astype(int).tolist())

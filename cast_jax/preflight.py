@@ -30,6 +30,7 @@ from cast_jax.trainer import finished
 TEACHERS = {"adapted": "adapt", "finetuned": "finetune"}
 EVALUATED = ("refine", "distill", "student_supervised", "adapt", "finetune", "pretrain")
 METRICS = ("mask_ap", "mask_ap50", "mask_ap75")
+HOW_BATCHES_COME = ("num_threads", "num_workers", "prefetch")  # the same ones for any of these
 
 
 def make_workdir(workdir: Path) -> None:
@@ -73,12 +74,32 @@ def require_same(config: Mapping[str, Any], workdir: Path) -> None:
 
 
 def _settled(config: Mapping[str, Any], begun: set[str]) -> dict[str, Any]:
-    """What results depend on: not the step that is asked for, the machine, and what is only looked at."""
+    """What results depend on: not the step that is asked for, the machine, and what is only looked at.
+
+    Nor what only decides how fast they come, in how much memory, and how often it is said and saved.
+    """
     free = {"step", "file", "runtime", "mesh", "distributed", "evaluate", "profile"}
     free |= set() if "audit" in begun else {"audit"}
     begun = begun | ({"finetune"} if "audit" in begun else set())
-    steps = {name: step for name, step in config["steps"].items() if name in begun}
-    return {key: value for key, value in config.items() if key not in free} | {"steps": steps}
+    steps = {
+        name: {
+            **step,
+            "data": without(step["data"], *HOW_BATCHES_COME),
+            "train": without(step["train"], "log_every", "save_every", "keep", "tensorboard"),
+        }
+        for name, step in config["steps"].items()
+        if name in begun
+    }
+    data = {**config["data"], "loader": without(config["data"]["loader"], *HOW_BATCHES_COME)}
+    model = {
+        role: {part: without(value, "remat") for part, value in spec.items()} for role, spec in config["model"].items()
+    }
+    return without(config, *free) | {"steps": steps, "data": data, "model": model}
+
+
+def without(values: Any, *names: str) -> Any:
+    """A mapping without some of its keys; anything else as it is."""
+    return {key: value for key, value in values.items() if key not in names} if isinstance(values, Mapping) else values
 
 
 def with_audit(run: RunConfig) -> RunConfig:
@@ -142,7 +163,7 @@ def _check_step(run: RunConfig, name: str, mesh: Mesh) -> None:
     step, loader = run.steps[name], run.loader_config(name)
     objective, model = step.objective, segmenter_config(run.model[step.model])
     objective.check_views(loader.views, f"config.steps.{name}")
-    for size in (loader.batch_labelled, loader.batch_unlabelled):
+    for size in (loader.batch_labelled, loader.batch_unlabelled) if name in run.order else ():
         check_batch_size(size, mesh.size, step.train.accumulate)
     if objective.pseudo_label_weight and not (step.pseudo_labels and loader.batch_unlabelled):
         raise UserError(
@@ -151,9 +172,13 @@ def _check_step(run: RunConfig, name: str, mesh: Mesh) -> None:
         )
     if objective.supervised_weight and not loader.batch_labelled:
         raise UserError("objective.supervised_weight is on, which needs data.batch_labelled of at least 1")
-    side = min(model.pixel_map(run.data.image_size))
-    if objective.contrastive_weight and objective.contrastive_stride > side:
-        raise UserError(f"objective.contrastive_stride is {objective.contrastive_stride}; it must lie in [1, {side}]")
+    rows, columns = model.pixel_map(run.data.image_size)
+    stride = objective.contrastive_stride
+    if objective.contrastive_weight and (rows % stride or columns % stride):
+        raise UserError(
+            f"objective.contrastive_stride is {stride}; it must divide both sides of the map of pixel features, "
+            f"{rows} x {columns}"
+        )
 
 
 def check_order(run: RunConfig, workdir: Path) -> None:
@@ -177,7 +202,8 @@ def check_order(run: RunConfig, workdir: Path) -> None:
                 command = f"{run.file}:{missing.partition('/')[0]} --workdir {workdir}"
                 raise MissingStepError(
                     f"step {name!r} needs the result of {missing!r}, which is not in {workdir}; make it with\n"
-                    f"  python -m cast_jax.main --config {command}"
+                    f"  python -m cast_jax.main --config {command}\n"
+                    "and the other arguments and --config.… flags of this command"
                 )
         if name == "pseudo_label":  # by the latest teacher
             name = next(f"{name}/{which}" for which, teacher in TEACHERS.items() if made(teacher))

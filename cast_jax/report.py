@@ -21,7 +21,9 @@ from PIL import Image
 from cast_jax.core.files import atomic_write, read_json
 from cast_jax.core.logging import read_metrics
 
-_STEPS = ("finetune", "adapt", "distill", "refine", "finetuned", "adapted")  # what stands first, in this order
+# What stands first, in this order; the last of the trained steps that has a result is the run's.
+_STEPS = ("pretrain", "finetune", "adapt", "distill", "refine", "finetuned", "adapted")
+_BASELINE = "student_supervised"
 _COLUMNS = (  # of the summary: key, title, format
     ("mask_ap", "mask AP", ".1f"),
     ("mask_ap50", "AP50", ".1f"),
@@ -56,13 +58,15 @@ _CHARTS = (
 def write_report(workdir: str | os.PathLike[str]) -> Path:
     """Writes ``workdir/report.html`` and returns its path; a part that the run has not produced is left out.
 
-    Read: ``summary.json`` (step → mask_ap, mask_ap50, images_per_second, seconds), ``config.json``,
+    Read: ``summary.json`` (``steps``: step → mask_ap, mask_ap50, images_per_second, seconds), ``config.json``,
     ``environment.json``, ``<step>/metrics.jsonl``, ``<step>/overlays/*.jpg``, ``evaluation/`` of the run and of each
-    step (per_class_ap.csv, pr_curve.png), ``pseudo_labels/*/`` (stats.json, audit.json, contact_sheet.jpg). Images are
-    embedded, so that the page can be sent alone; it loads nothing.
+    step (per_class_ap.csv, pr_curve.png), ``pseudo_labels/*/`` (stats.json, contact_sheet.jpg), ``audit/`` (audit.json,
+    calibration.png, contact_sheet.jpg). Images are embedded, so that the page can be sent alone; it loads nothing.
     """
     workdir = Path(workdir)
-    summary = {step: row for step, row in _json(workdir / "summary.json").items() if isinstance(row, Mapping)}
+    summary = _json(workdir / "summary.json").get("steps", {})
+    evaluated = [step for step, row in summary.items() if row.get("mask_ap") is not None]
+    ours = [step for step in evaluated if step != _BASELINE]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -75,10 +79,12 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
         name=workdir.resolve().name,
         written=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         summary=summary,
-        headline=next((row for row in reversed(summary.values()) if row.get("mask_ap") is not None), None),
+        headline=(ours or evaluated or [None])[-1],
+        baseline=_BASELINE if ours and _BASELINE in evaluated else None,
         seconds=sum(row.get("seconds") or 0 for row in summary.values()),
         steps=[step for folder in _folders(workdir) if (step := _step(folder))],
         pseudo_labels=[part for folder in _folders(workdir / "pseudo_labels") if (part := _pseudo_labels(folder))],
+        audit=_audit(workdir / "audit"),
         evaluations=[part for folder in [workdir, *_folders(workdir)] if (part := _evaluation(folder, workdir))],
         settings=[
             (title, list(_flat(_json(workdir / file))))
@@ -135,9 +141,16 @@ def _pseudo_labels(folder: Path) -> dict[str, Any] | None:
         "name": folder.name,
         "numbers": {name: value for name, value in stats.items() if _is_number(value)},
         "bars": {name: rows for name, rows in bars.items() if rows and all(map(_is_number, rows.values()))},
-        "audit": _json(folder / "audit.json"),
         "sheet": _embed(sheet, 2000) if sheet.is_file() else None,
     }
+
+
+def _audit(folder: Path) -> dict[str, Any] | None:
+    """Pseudo-labels of labelled images against their hidden labels, as ``:audit`` leaves them."""
+    found, pictures = _json(folder / "audit.json"), ("calibration.png", "contact_sheet.jpg")
+    if not found:
+        return None
+    return {**found, "pictures": [_embed(folder / name, 2000) for name in pictures if (folder / name).is_file()]}
 
 
 def _histogram(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -162,6 +162,13 @@ class StepConfig:
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
+    def __post_init__(self) -> None:
+        unset = TrainConfig(steps=1)
+        elsewhere = {"seed": "config.seed", "mesh": "config.mesh", "profile": "config.profile"}
+        for name, where in {**elsewhere, "optimizer": "the step's optimizer"}.items():
+            if getattr(self.train, name) != getattr(unset, name):
+                raise UserError(f"train.{name} is not read: set {where}")
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
@@ -208,8 +215,12 @@ class RunConfig:
         """The trainer's settings for a step, with its learning rate scaled to its batches."""
         step, loader = self.steps[name], self.loader_config(name)
         optimizer = step.optimizer.scaled(loader.batch_labelled + loader.batch_unlabelled)
-        train = dataclasses.replace(step.train, seed=self.seed, mesh=self.mesh, profile=self.profile)
+        train = dataclasses.replace(step.train, seed=self._seed(name), mesh=self.mesh, profile=self.profile)
         return dataclasses.replace(train, optimizer=optimizer)
+
+    def _seed(self, name: str) -> int:
+        """Each step has keys, an order and views of its own, whichever steps ran before."""
+        return int(np.random.SeedSequence([self.seed, *name.encode()]).generate_state(1)[0])
 
     def loader_config(self, name: str) -> LoaderConfig:
         """What a step's batches hold.
@@ -218,13 +229,14 @@ class RunConfig:
           UserError: see :func:`cast_jax.core.config.build`.
         """
         data, own = self.data, dict(self.steps[name].data)
+        if "seed" in {**data.loader, **own}:
+            raise UserError(f"config.steps.{name}.data.seed follows from config.seed; set that")
         own_view = own.pop("view", {})
         if not isinstance(own_view, Mapping):
             raise UserError(f"config.steps.{name}.data.view is {own_view!r}; it must hold fields of config.data.view")
         view = {**data.view, **own_view, "image_size": data.image_size, "max_instances": data.max_instances}
-        # Each step sees its own order and views; the name makes them independent of which steps ran before.
-        seed = np.random.SeedSequence([self.seed, *name.encode()]).generate_state(1)[0]
-        values = {**data.loader, **own, "view": build(ViewConfig, view, "config.data.view"), "seed": int(seed)}
+        own_view = build(ViewConfig, view, "config.data.view")
+        values = {**data.loader, **own, "view": own_view, "seed": self._seed(name)}
         return build(LoaderConfig, values, f"config.steps.{name}.data")
 
     def segmenter(self, role: str, categories: Sequence[Category]) -> Functional:

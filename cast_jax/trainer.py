@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool
 from cast_jax.core import metrics as metric
 from cast_jax.core.checkpoint import Checkpoints, TrainState
 from cast_jax.core.config import check_ranges
-from cast_jax.core.distributed import StopTogether, agreed, barrier, is_first
+from cast_jax.core.distributed import StopTogether, agreed, barrier, gather, is_first
 from cast_jax.core.errors import DataError, DivergedError, UserError
 from cast_jax.core.files import read_json, write_json
 from cast_jax.core.logging import MetricsWriter, read_metrics
@@ -174,6 +174,7 @@ def train(
             logger.info("%s: finished already, at step %d", name, done["step"])
             if export is not None:  # what it exported may be gone, or damaged
                 export(_shown(restored.state, config), "last")
+            _stop_if_any(stop)
             return _result(_shown(restored.state, config), done)
         if restored is not None:
             state, start, metadata = restored.state, int(restored.state.step), restored.metadata
@@ -231,7 +232,14 @@ def train(
         evaluation = checkpoints.evaluations().get(config.steps, {})
     done = agreed(_finish(folder, config.steps, evaluation, images, watch.read()) if is_first() else None)
     logger.info("%s: finished, %s, %.1f images/s", name, clock(done["seconds"]), done["images_per_second"])
+    _stop_if_any(stop)
     return _result(_shown(state, config), done)
+
+
+def _stop_if_any(stop: StopSignals) -> None:
+    """Ends all processes if one got a signal after its last update, where no loop reads it any more."""
+    if received := [number for number in gather(stop.received) if number is not None]:
+        raise SystemExit(128 + received[0])
 
 
 class _Pending:

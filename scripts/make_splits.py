@@ -4,8 +4,9 @@ python scripts/make_splits.py cityscapes ROOT                    5, 10, 20, 30 %
 python scripts/make_splits.py cityscapes ROOT --lists FILE...    the literature's text files, checked and completed
 python scripts/make_splits.py ade20k ROOT                        10 images a class in a stratified subset of 3,537
 python scripts/make_splits.py coco FILE.json --percent 1 2 5 10  of any COCO set
+python scripts/make_splits.py coco FILE.json --val-percent 20    two COCO JSONs: FILE_train.json and FILE_val.json
 
-A run reads one with --config.data.split=FILE.
+A run reads a split with --config.data.split=FILE, and such JSONs as --config.data.labelled and --config.data.val.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cast_jax.core.errors import UserError
+from cast_jax.core.files import read_json, write_json
 from cast_jax.data.sources.ade20k import CATEGORIES, Ade20k
 from cast_jax.data.sources.base import Source
 from cast_jax.data.sources.cityscapes import SUFFIXES, Cityscapes
@@ -47,6 +49,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("splits"), help="folder for the files (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a split for each (%(default)s)")
     parser.add_argument("--percent", type=float, nargs="+", help="labelled shares (5 10 20 30)")
+    parser.add_argument("--val-percent", type=float, help="coco: hold out this share for validation")
+    parser.add_argument("--images", help="coco: the folder of images (by default the JSON's name without .json)")
     parser.add_argument("--lists", type=Path, nargs="+", help="text files with a labelled image a line, instead")
     parser.add_argument("--per-class", type=int, default=10, help="ade20k: labelled images a class (%(default)s)")
     parser.add_argument("--subset", type=int, default=3537, help="ade20k: images in all (%(default)s)")
@@ -54,6 +58,9 @@ def main() -> None:
     try:
         if min(options.seeds) < 0 or not all(0 < percent < 100 for percent in options.percent or ()):
             raise UserError("--seeds must not be negative, and --percent must lie between 0 and 100")
+        if options.val_percent is not None:
+            _hold_out(options)
+            return
         for name, split, about in _made(options):
             path = options.output / f"{name}.json"
             write_split(path, split, {"dataset": options.dataset, **about})
@@ -67,7 +74,7 @@ def _made(options: argparse.Namespace) -> Made:
         return _classes(Ade20k(options.path, "training"), options)
     source: Source
     if options.dataset == "coco":
-        source, name = Coco(options.path), Path(options.path).stem
+        source, name = Coco(options.path, options.images, on_fault="skip"), Path(options.path).stem
     elif options.dataset == "ade20k":
         source, name = Ade20k(options.path, "training", labelled=False), "ade20k"
     else:
@@ -75,6 +82,24 @@ def _made(options: argparse.Namespace) -> Made:
     if options.lists:
         return _listed(source, name, options.lists)
     return _shares(source, name, options)
+
+
+def _hold_out(options: argparse.Namespace) -> None:
+    """Writes the JSON's images and annotations as two JSONs; everything else stays as it is in both."""
+    if options.dataset != "coco" or len(options.seeds) > 1 or not 0 < options.val_percent < 100:
+        raise UserError("--val-percent is for coco, with one seed, and must lie between 0 and 100")
+    source, content = Coco(options.path, options.images, on_fault="skip"), read_json(options.path)
+    ids = [source.record(index).image_id for index in range(len(source))]
+    count = share_of(len(ids), options.val_percent)
+    if not 1 <= count < len(ids):
+        raise UserError(f"--val-percent {options.val_percent:g} of {len(ids)} images is {count}; each side needs one")
+    for part, chosen in zip(("val", "train"), split_indices(len(ids), count, options.seeds[0]), strict=True):
+        kept = {ids[index] for index in chosen}
+        path = options.output / f"{Path(options.path).stem}_{part}.json"
+        images = [entry for entry in content["images"] if entry["id"] in kept]
+        annotations = [entry for entry in content["annotations"] if entry.get("image_id") in kept]
+        write_json(path, {**content, "images": images, "annotations": annotations})
+        print(f"{path}: {len(images)} images, {len(annotations)} annotations; their folder is {source.root}")
 
 
 def _shares(source: Source, name: str, options: argparse.Namespace) -> Made:

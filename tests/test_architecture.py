@@ -24,7 +24,7 @@ FLOORS = (
     ("pipeline",),
     ("preflight",),
     ("settings",),
-    ("convert",),
+    ("convert", "predict_command"),
     ("trainer", "predict", "report", "export", "check_data"),
     ("recipes",),
     ("models", "losses", "contrastive", "data", "evaluation", "visualize"),

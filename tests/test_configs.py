@@ -221,9 +221,18 @@ def test_arguments_have_types():
         (lambda c: c["steps"]["refine"]["data"].update(view=3), r"config\.steps\.refine\.data\.view is 3"),
         (lambda c: c["steps"]["refine"]["train"].update(steps=0), r"config\.steps\.refine\.train\.steps is 0"),
         (lambda c: c["steps"]["refine"]["train"].update(best_metric="ap"), r"train\.best_metric 'ap' is unknown"),
+        (lambda c: c["steps"]["refine"]["train"].update(seed=3), r"refine\.train\.seed is not read: set config\.seed"),
+        (
+            lambda c: c["steps"]["refine"]["train"].update(optimizer={"learning_rate": 1.0}),
+            r"train\.optimizer is not read: set the step's optimizer",
+        ),
+        (lambda c: c["steps"]["refine"]["data"].update(seed=3), r"refine\.data\.seed follows from config\.seed"),
         (lambda c: c["steps"]["refine"]["objective"].update(pseudo_label_weight=1.0), "which needs pseudo_labels"),
         (lambda c: c["steps"]["adapt"]["data"].update(batch_labelled=0), "which needs data.batch_labelled"),
-        (lambda c: c["steps"]["adapt"]["objective"].update(contrastive_stride=149), r"it must lie in \[1, 148\]"),
+        (
+            lambda c: c["steps"]["adapt"]["objective"].update(contrastive_stride=149),
+            "must divide both sides of .* 148 x 296",
+        ),
         (lambda c: c["data"].update(max_instances=1000), "has 100 queries, fewer than config.data.max_instances=1000"),
         (
             lambda c: c["model"]["teacher"].update(mask_decoder={"query_stride": 40}),

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from cast_jax import main
 from cast_jax.core.config import build
-from cast_jax.main import _set_field
 from cast_jax.settings import StepConfig
 from configs import demo
 
@@ -56,9 +56,9 @@ def test_what_a_configuration_leaves_unsaid_can_be_set():
             ("optimizer.learning_rate", "1e-3"),
             ("pseudo_labels", "8"),  # a text stays one
         ):
-            _set_field(step, path, text)
+            main._set_field(step, path, text)
         with pytest.raises(TypeError, match="Could not override field 'steps'"):
-            _set_field(step, "train.steps", "1.5")
+            main._set_field(step, "train.steps", "1.5")
     contrastive = {name: dict(config.steps[name].objective.contrastive) for name in ("distill", "adapt")}
     assert contrastive["distill"] == contrastive["adapt"] | {"symmetric": True, "num_anchors": None}
     built = build(StepConfig, step.to_dict(), "distill")
@@ -120,3 +120,17 @@ def test_faults_are_one_message(answers, number):
     assert FAULTS[number][1] in answer
     assert answer.endswith("exit code 1")
     assert "Traceback" not in answer
+
+
+@pytest.mark.parametrize(
+    ("said", "lost"),
+    [
+        ("UNAVAILABLE: failed to connect to all addresses", True),
+        ("FAILED_PRECONDITION: Buffer Definition Event: Gloo all-reduce failed: Connection closed by peer", True),
+        ("INTERNAL: NCCL operation ncclAllReduce failed: remote process exited", True),
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.", False),
+        ("INTERNAL: Autotuning failed for HLO", False),
+    ],
+)
+def test_only_what_says_so_is_a_lost_process(said, lost):
+    assert bool(main._OTHERS_FAULT.search(said)) == lost

@@ -18,6 +18,7 @@ from PIL import Image
 from cast_jax.core.errors import DataError
 from cast_jax.data.datasets import open_datasets
 from cast_jax.data.sources.ade20k import Ade20k
+from cast_jax.data.sources.coco import Coco
 from cast_jax.data.splits import read_split
 
 NOTHING = {"train": 0, "val": 0, "source": 0, "image_size": (32, 64), "seed": 0}
@@ -202,6 +203,20 @@ def test_any_share_of_a_coco_set(coco, tmp_path):
     (tmp_path / "all.txt").write_text("\n".join(str(7 * i) for i in range(10)))
     with pytest.raises(DataError, match=r"all\.txt: labels every image"):
         open_datasets({**given, "split": str(tmp_path / "all.txt")}, tmp_path)
+
+
+def test_a_coco_set_is_divided_into_training_and_validation(coco, tmp_path):
+    (tmp_path / "all").rename(tmp_path / "images")
+    options = ("--images", tmp_path / "images", "--output", tmp_path / "out")
+    done = call("coco", coco, *options, "--val-percent", 20)
+    assert done.returncode == 0, done.stderr
+    parts = {name: tmp_path / "out" / f"all_{name}.json" for name in ("train", "val")}
+    sources = {name: Coco(path, tmp_path / "images") for name, path in parts.items()}
+    assert {name: len(source) for name, source in sources.items()} == {"train": 8, "val": 2}
+    ids = [source.record(i).image_id for source in sources.values() for i in range(len(source))]
+    assert sorted(ids) == [7 * i for i in range(10)]
+    assert all(len(source.instances(i)) == 1 for source in sources.values() for i in range(len(source)))
+    assert call("coco", coco, *options, "--val-percent", 1).returncode == 1
 
 
 def test_faults_are_one_message(coco, tmp_path):

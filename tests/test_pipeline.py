@@ -10,6 +10,7 @@ import pytest
 from cast_jax import pipeline
 from cast_jax.core.errors import MissingStepError, UserError
 from cast_jax.core.logging import setup_logging
+from cast_jax.pipeline import Pipeline
 from configs import coco
 
 STEPS = ["finetune", "adapt", "distill", "refine", "student_supervised"]
@@ -36,6 +37,10 @@ def test_every_step_is_in_the_summary(run):
         assert 0 <= row["mask_ap"] <= row["mask_ap50"] <= 100
         assert row["images_per_second"] > 0
     assert "student_supervised" in (run / "log.txt").read_text().split("mask AP")[-1]
+    report = (run / "report.html").read_text()
+    for step, row in steps.items():
+        assert f"<td>{step}</td><td>{row['mask_ap']:.1f}</td>" in report
+    assert f"<b>{steps['refine']['mask_ap']:.1f}</b><span>mask AP (%), refine</span>" in report
 
 
 def test_the_workdir_is_what_the_readme_says(run):
@@ -89,6 +94,15 @@ def test_the_semi_supervised_steps_log_what_the_method_watches(run):
             "speed/images_per_second",
             "speed/waiting_for_data",
         } <= set(logged)
+
+
+def test_how_models_are_looked_at_does_not_change_the_pseudo_labels(run):
+    looked = lambda **evaluate: Pipeline(config(evaluate={**config()["evaluate"], **evaluate}), run)
+    segmenter = looked().config.segmenter("teacher", looked().categories)
+    few = looked(min_score=0.9, max_detections=1)
+    labelling = few._predictor(segmenter, labelling=True)
+    assert (labelling.min_score, labelling.max_detections) == (0.0, 100)
+    assert (few._predictor(segmenter).min_score, few._predictor(segmenter).max_detections) == (0.9, 1)
 
 
 def test_running_again_does_nothing(run):

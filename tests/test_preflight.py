@@ -18,7 +18,15 @@ from cast_jax.core.files import write_json
 from cast_jax.core.sharding import make_mesh
 from cast_jax.export import save_weights
 from cast_jax.models.registry import segmenter_config
-from cast_jax.preflight import as_converted, check_images, check_order, check_parameters, make_workdir, require_same
+from cast_jax.preflight import (
+    as_converted,
+    check_images,
+    check_order,
+    check_parameters,
+    check_settings,
+    make_workdir,
+    require_same,
+)
 from cast_jax.settings import RunConfig
 from configs import coco, demo
 
@@ -59,7 +67,7 @@ def save(run: RunConfig, role: str, path, categories=CATEGORIES) -> None:
 )
 def test_a_pipeline_out_of_order_is_refused(order, missing, tmp_path):
     run = run_config(lambda values: values.update(pipeline=order))
-    with pytest.raises(MissingStepError, match=rf"needs the result of '{missing}'"):
+    with pytest.raises(MissingStepError, match=rf"(?s)needs the result of '{missing}'.*and the other arguments"):
         check_order(run, tmp_path)
 
 
@@ -153,6 +161,35 @@ def test_steps_that_have_not_begun_may_be_corrected(tmp_path):
     for change, message in changes:
         with pytest.raises(UserError, match=re.escape(message)):
             require_same(config(change), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values["data"]["loader"].update(num_workers=4, num_threads=1, prefetch=9),
+        lambda values: values["steps"]["finetune"]["data"].update(num_workers=4),
+        lambda values: values["steps"]["finetune"]["train"].update(
+            log_every=7, save_every=9, keep=5, tensorboard=False
+        ),
+        lambda values: values["model"]["student"]["encoder"].update(remat="blocks"),
+        lambda values: values["mesh"].update(fsdp=8),
+    ],
+)
+def test_what_changes_no_result_may_change_under_way(change, tmp_path):
+    (tmp_path / "finetune" / "checkpoints" / "2").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(json.dumps(to_json(config())))
+    require_same(config(change), tmp_path)
+
+
+def test_only_the_steps_to_run_must_divide_over_the_devices(tmp_path):
+    eight = SimpleNamespace(size=8)
+
+    def grown(values: dict[str, Any]) -> None:
+        values["steps"]["distill"]["data"].update(batch_labelled=8, batch_unlabelled=8)
+
+    check_settings(run_config(grown, "distill"), eight)
+    with pytest.raises(UserError, match=r"config\.steps\.\w+: a batch of 2 cannot be split over 8 devices"):
+        check_settings(run_config(grown), eight)
 
 
 def test_a_workdir_that_cannot_be_written_is_named(tmp_path):

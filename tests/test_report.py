@@ -22,6 +22,7 @@ SUMMARY = {
     "finetune": {"mask_ap": 28.71, "mask_ap50": 52.1, "images_per_second": 3.214, "seconds": 812.4},
     "pseudo_label": {"seconds": 301},
     "distill": {"mask_ap": 32.2, "mask_ap50": None, "images_per_second": 11.7, "seconds": 40213.2},
+    "student_supervised": {"mask_ap": 21.1, "mask_ap50": 40.0, "images_per_second": 12.0, "seconds": 100.0},
 }
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -61,7 +62,7 @@ def decoded(attributes):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "street & <i>scenes"
-    write_json(workdir / "summary.json", SUMMARY)
+    write_json(workdir / "summary.json", {"steps": SUMMARY, "seed": 17, "environment": {"packages": {}}})
     write_json(workdir / "config.json", {"model": {"name": "student_s", "classes": [NASTY]}, "seed": 17})
     write_json(workdir / "environment.json", {"packages": {"jax": "0.10.1"}})
     lines = [
@@ -87,7 +88,8 @@ def workdir(tmp_path_factory):
     write_json(pseudo_labels / "stats.json", stats)
     bins = [{"from": 0.3, "to": 0.5, "detections": 8, "precision": 0.375, "recall": 0.1, "mean_iou": None}]
     whole = {"detections": 8, "precision": 0.875, "recall": 0.125, "mean_iou": 0.75}
-    write_json(pseudo_labels / "audit.json", {**whole, "by_score": bins})
+    write_json(workdir / "audit" / "audit.json", {**whole, "by_score": bins})
+    Image.new("RGB", (30, 20)).save(workdir / "audit" / "calibration.png")
     Image.new("RGB", (30, 20)).save(pseudo_labels / "contact_sheet.jpg")
     evaluator = MaskAPEvaluator([Category(1, NASTY)])
     nothing = Detections(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.float32), [])
@@ -120,8 +122,11 @@ def test_page_has_the_numbers(html):
         assert expected in text, expected
     for expected in ("0.375", "0.875", "model.name", "student_s", "packages.jax", "0.10.1", "n/a"):
         assert expected in text, expected
-    # The headline is the last step's that was evaluated.
-    assert text[text.index("mask AP (%)") - 1] == "32.2"
+    # The headline is the method's last step that was evaluated, beside the baseline.
+    assert text[text.index("mask AP (%), distill") - 1] == "32.2"
+    assert text[text.index("mask AP (%), labels only") - 1] == "21.1"
+    assert text.count("distill") == 2  # its row and its curves
+    assert "environment" not in text
 
 
 def test_page_is_escaped(html):
@@ -152,6 +157,7 @@ def test_images_are_whole_described_and_shrunk(html):
     assert charts == [f"{title} of distill over training steps" for title in titles]
     assert "Precision against recall" in sizes
     assert any("Contact sheet" in alt for alt in sizes)
+    assert sizes["Audit of pseudo-labels"] == (30, 20)
 
 
 def test_charts_are_transparent_and_not_blank(html):
@@ -172,7 +178,7 @@ def test_missing_parts_are_absent(tmp_path, kept):
         if path.suffix == ".jpg":
             Image.new("RGB", (8, 8)).save(path)
         else:
-            write_json(path, {"distill": {"mask_ap": 1.5}} if name == "summary.json" else {"images": 3})
+            write_json(path, {"steps": {"distill": {"mask_ap": 1.5}}} if name == "summary.json" else {"images": 3})
     page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
     headings = {
         "summary.json": "Steps",
@@ -186,7 +192,7 @@ def test_missing_parts_are_absent(tmp_path, kept):
 
 def test_a_second_report_replaces_the_first(tmp_path):
     write_report(tmp_path)
-    write_json(tmp_path / "summary.json", {"refine": {"mask_ap": 41.5, "seconds": 3}})
+    write_json(tmp_path / "summary.json", {"steps": {"refine": {"mask_ap": 41.5, "seconds": 3}}})
     assert "41.5" in write_report(tmp_path).read_text(encoding="utf-8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "summary.json"]
 
@@ -194,10 +200,11 @@ def test_a_second_report_replaces_the_first(tmp_path):
 def test_summary_table_is_aligned():
     assert summary_table(SUMMARY) == "\n".join(
         [
-            "step          mask AP  AP50  images/s  seconds",
-            "----------------------------------------------",
-            "finetune         28.7  52.1      3.21      812",
-            "pseudo_label        -     -         -      301",
-            "distill          32.2     -     11.70   40,213",
+            "step                mask AP  AP50  images/s  seconds",
+            "----------------------------------------------------",
+            "finetune               28.7  52.1      3.21      812",
+            "pseudo_label              -     -         -      301",
+            "distill                32.2     -     11.70   40,213",
+            "student_supervised     21.1  40.0     12.00      100",
         ]
     )

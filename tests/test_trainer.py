@@ -378,3 +378,24 @@ def test_the_memory_of_a_step_is_said_before_it_runs(tmp_path, caplog, monkeypat
     known = {2**40: " of 1,024.0 GiB", 64: " of 0.0 MiB"}.get(limit, "")
     assert f"toy step: 0.0 MiB{known} a device" in caplog.text
     assert ("needs more memory than there is" in caplog.text) == warns
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_signal_during_the_last_export_ends_the_run_after_it(tmp_path):
+    folder, exported = tmp_path / "toy", []
+
+    def export(params, which: str) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        exported.append(which)
+
+    for _ in range(2):  # training, and what a finished step does
+        with pytest.raises(SystemExit) as stopped:
+            train(Regression(), config=toy_config(5), folder=folder, loader=ToyLoader(), export=export)
+        assert stopped.value.code == 143
+        assert finished(folder)["step"] == 5
+    assert exported == ["last", "last"]
+
+
+def test_the_operation_that_makes_a_nan_is_found_on_request(tmp_path):
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="encountered in"):
+        train(Regression(), config=toy_config(9), folder=tmp_path / "toy", loader=ToyLoader(poison=3))

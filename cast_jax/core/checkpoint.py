@@ -84,6 +84,16 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(max(logging.WARNING, logging.getLogger("absl").level))
         options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        # Each process reads alone, so that one that cannot does not leave the others waiting for it.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=None,
+            active_processes={jax.process_index()},
+            barrier_sync_key_prefix=f"process_{jax.process_index()}",
+        )
+        handler = ocp.CompositeCheckpointHandler(
+            state=ocp.StandardCheckpointHandler(multiprocessing_options=alone), record=ocp.JsonCheckpointHandler()
+        )
+        self._reader = ocp.Checkpointer(handler, multiprocessing_options=alone)
         path = self.folder / EVALUATIONS
         hint = "delete it to go on without the evaluations so far"
         stored = agreed(read_json(path, hint) if path.exists() else {})
@@ -92,15 +102,17 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(prune=kind is None)
 
-    def close(self) -> None:
-        """Finishes pending writes."""
+    def close(self, *, prune: bool = True) -> None:
+        """Finishes pending writes. Only all processes together may ``prune``, so not one that fails alone."""
         with self._writing():
             self._manager.wait_until_finished()
-            self._prune()
+            if prune:
+                self._prune()
             self._manager.close()
+            self._reader.close()
 
     def steps(self) -> list[int]:
         """The steps that are there, ascending."""
@@ -154,6 +166,7 @@ class Checkpoints:
         is set aside with a warning and the one before is tried; evaluations of later steps are forgotten. Raises
         :class:`UserError` if none can be read, or if the parameters are those of another configuration.
         """
+        self._manager.wait_until_finished()
         unreadable: list[int] = []
         for step in reversed(agreed(self.steps())):
             restored, total, reason = self._try_to_read(step, like)
@@ -164,6 +177,7 @@ class Checkpoints:
             if reasons:
                 logger.warning("checkpoint %d in %s cannot be read (%s)", step, self.folder, reasons[0])
                 unreadable.append(step)
+                restored = None  # there may not be room for two
                 continue
             if unreadable:
                 logger.warning("continuing from checkpoint %d instead", step)
@@ -188,13 +202,14 @@ class Checkpoints:
             return None, None, str(error).strip().split("\n")[0][:200] or type(error).__name__
 
     def _read(self, step: int, like: TrainState) -> tuple[Restored, int | None]:
-        record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+        folder = self.folder / str(step)
+        record = self._reader.restore(folder, ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
         if "checksum" in record and record.pop("checksum") != _checksum(record):
             raise OSError("its record is not the one that was saved")
-        _check_shapes(record["shapes"], _shapes(like), self.folder / str(step))
+        _check_shapes(record["shapes"], _shapes(like), folder)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        state = self._manager.restore(step, args=arguments)["state"]
+        state = self._reader.restore(folder, arguments)["state"]
         return Restored(state, _from_json(record["loader"]), record["metadata"]), record.get("sum")
 
     def _write_evaluations(self, evaluations: dict[int, dict[str, float]]) -> None:

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import re
 import threading
 from collections.abc import Iterator, Mapping
@@ -92,7 +93,7 @@ def initialize(config: Mapping[str, Any]) -> None:
     try:
         with _deadline(options):
             jax.distributed.initialize(
-                **(known if options.coordinator != "auto" else {}),
+                **(known if options.coordinator != "auto" else _devices_of_this_process()),
                 initialization_timeout=options.timeout + 60,  # it would end the process, without saying who is missing
                 heartbeat_timeout_seconds=HEARTBEAT,
             )
@@ -103,6 +104,16 @@ def initialize(config: Mapping[str, Any]) -> None:
         raise UserError(f"config.distributed.coordinator={options.coordinator}: {reason}") from error
     if jax.device_count() != jax.process_count() * jax.local_device_count():
         raise UserError(f"the {jax.process_count()} processes have unequal numbers of devices; give each the same")
+
+
+def _devices_of_this_process() -> dict[str, Any]:
+    """Which of a machine's GPUs a process takes that SLURM or Open MPI started: all, if it is the machine's only one.
+
+    By itself jax would give each process one GPU, and leave the others of the machine idle.
+    """
+    tasks, nodes = (os.environ.get(name) for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_NODES"))
+    alone = (bool(tasks) and tasks == nodes) or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    return {"local_device_ids": []} if alone else {}  # nothing named: everything is visible
 
 
 @contextlib.contextmanager

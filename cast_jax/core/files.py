@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +14,8 @@ from typing import Any, BinaryIO
 
 from cast_jax.core.errors import UserError
 
+logger = logging.getLogger(__name__)
+LOCK = ".lock"
 TEMPORARY = ".tmp"  # how the names of hidden files end that nobody needs once their writer is gone
 
 
@@ -31,6 +35,28 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of this block for the same ``folder``; also on network file systems that lock files.
+
+    A process that ends, in whatever way, keeps nobody out any more, nor do the processes that it has started.
+
+    Raises:
+      UserError: another process is inside.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(
+                f"another run is at work in {folder} (it holds {folder / LOCK}); wait for its end, or stop it"
+            ) from error
+        except OSError as error:
+            logger.warning("%s: files cannot be locked there (%s): start no second run in it", folder, error.strerror)
+        yield
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -8,12 +8,15 @@ import logging
 import os
 import platform
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from cast_jax.core.distributed import is_first
@@ -63,7 +66,7 @@ class MetricsWriter:
 
     def __init__(self, folder: Path, *, step: int = 0, tensorboard: bool = True) -> None:
         self.path = Path(folder) / "metrics.jsonl"
-        self._events: SummaryWriter | None = None
+        self._events: EventsWriter | None = None
         self._file = None
         self._present: set[tuple[int, frozenset[str]]] = set()
         if not is_first():
@@ -74,7 +77,10 @@ class MetricsWriter:
         atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = self.path.open("a", encoding="utf-8")
         if tensorboard:
-            self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+            self._events = EventsWriter(str(Path(folder) / "events"), f".{os.getpid()}")
+            if step:
+                start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+                self._add_event(step + 1, session_log=start)  # TensorBoard forgets earlier events from here on
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends ``values`` (name -> number) of ``step``, unless an earlier run wrote the same names for that step."""
@@ -84,7 +90,13 @@ class MetricsWriter:
         self._file.flush()
         if self._events is not None:
             for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+                self._add_event(step, summary=scalar(name, value))
+            self._events.flush()
+
+    def _add_event(self, step: int, **content: Any) -> None:
+        assert self._events is not None
+        # Not tensorboardX's SummaryWriter: its thread dies of a full disk, after which the next event waits for ever.
+        self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
 
     def sync(self) -> None:
         """Waits until the lines are on the disk: a checkpoint that survives a power cut must find those before it."""
@@ -92,7 +104,7 @@ class MetricsWriter:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Flushes and closes both files."""
+        """Closes both files."""
         if self._file is not None:
             self._file.close()
         if self._events is not None:

@@ -121,6 +121,8 @@ class TrainStep:
             self.program = self.traced.lower().compile()
         logger.info("compiling the %s step done in %.1f s", name, time.monotonic() - begin)
         _report_memory(name, memory_bytes(self.program), memory_limit())
+        if jax.config.jax_debug_nans:  # type: ignore[attr-defined]
+            self.program = jitted  # only a call through jit goes on to find the operation
 
     def __call__(
         self, state: TrainState, frozen: dict[str, Any], batch: Any

@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 from cast_jax.core.annotations import decode_mask
 from cast_jax.core.errors import DataError
 from cast_jax.core.files import atomic_write, read_json, write_json
-from cast_jax.data.pseudo_labels import MANIFEST, PseudoLabels, shard_name, shards, write_statistics
+from cast_jax.data.pseudo_labels import MANIFEST, STATISTICS, PseudoLabels, shard_name, shards, write_statistics
 from cast_jax.data.sources.base import name_some
 from cast_jax.data.sources.coco import Coco, encode_segmentation, read_annotations
 
@@ -73,6 +73,7 @@ def import_labels(folder: str | os.PathLike[str], reviewed: str | os.PathLike[st
       DataError: the JSON is no COCO JSON, or has other images, sizes or categories than the store; nothing is changed.
     """
     folder, reviewed = Path(folder), Path(reviewed)
+    finish_import(folder)
     store = PseudoLabels.open(folder)
     Coco(reviewed, images=folder, categories=store.categories)  # finds everything that is wrong with a JSON
     content = read_annotations(reviewed)
@@ -97,7 +98,7 @@ def import_labels(folder: str | os.PathLike[str], reviewed: str | os.PathLike[st
                 **{key: _share(entry, key, f"{reviewed}: annotations[{number}]") for key in ("score", "mask_quality")},
             }
         )
-    new = folder.with_name(f"{folder.name}.importing")
+    new = _importing(folder)
     shutil.rmtree(new, ignore_errors=True)
     manifest = read_json(folder / MANIFEST)
     for shard in shards(manifest):
@@ -109,13 +110,23 @@ def import_labels(folder: str | os.PathLike[str], reviewed: str | os.PathLike[st
     digest = hashlib.sha256(reviewed.read_bytes()).hexdigest()[:16]
     write_json(new / MANIFEST, {**manifest, "reviewed": digest})
     statistics = write_statistics(new)
-    before = folder.with_name(f"{folder.name}.before_review")
-    if before.exists():
-        shutil.rmtree(folder)
-    else:
-        folder.rename(before)
+    before, replaced = (folder.with_name(f"{folder.name}.{what}") for what in ("before_review", "replaced"))
+    shutil.rmtree(replaced, ignore_errors=True)
+    folder.rename(replaced if before.exists() else before)
     new.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
     return statistics
+
+
+def finish_import(folder: Path) -> None:
+    """Puts the imported labels in their place where :func:`import_labels` was stopped just before that."""
+    new = _importing(folder)
+    if not folder.exists() and (new / STATISTICS).exists():
+        new.rename(folder)
+
+
+def _importing(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.importing")
 
 
 def _size(line: dict[str, Any]) -> tuple[int, int]:

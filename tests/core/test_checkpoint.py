@@ -75,6 +75,20 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["2", "4", "5"]
 
 
+def test_a_process_that_fails_removes_nothing_which_takes_all_processes(tmp_path):
+    def fail() -> None:
+        with Checkpoints(tmp_path, keep=1) as checkpoints:
+            save(checkpoints, 1, 2)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.steps() == [1, 2]
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.steps() == [2]
+
+
 def test_a_donating_step_may_follow_a_save_at_once(tmp_path):
     overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x * 0 - 1, state), donate_argnums=0)
     jax.block_until_ready(

@@ -44,6 +44,24 @@ def test_one_process_agrees_with_itself():
     assert [stop(1, None), stop(2, 15)] == [None, 15]
 
 
+@pytest.mark.parametrize(
+    ("environment", "devices"),
+    [
+        ({}, {}),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2"}, {"local_device_ids": []}),
+        ({"SLURM_NTASKS": "16", "SLURM_STEP_NUM_NODES": "2"}, {}),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, {"local_device_ids": []}),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, {}),
+    ],
+)
+def test_a_machines_only_process_takes_all_of_its_gpus(environment, devices, monkeypatch):
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_NODES", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert distributed._devices_of_this_process() == devices
+
+
 PROGRAM = """
 import json, logging, os, signal, sys, time
 from pathlib import Path

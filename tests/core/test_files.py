@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
-from cast_jax.core.files import atomic_write, read_json, write_json
+from cast_jax.core.errors import UserError
+from cast_jax.core.files import atomic_write, only_writer, read_json, write_json
 
 
 def test_text_bytes_and_folders(tmp_path):
@@ -58,3 +61,16 @@ def test_json(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "x.json", {"x": object()})
     assert read_json(tmp_path / "x.json") == value
+
+
+def test_a_second_process_is_kept_out_until_the_first_is_dead(tmp_path):
+    program = "import sys, time; from pathlib import Path; from cast_jax.core.files import only_writer\n"
+    program += "with only_writer(Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE) as other:
+        assert other.stdout
+        assert other.stdout.readline() == b"in\n"
+        with pytest.raises(UserError, match="another run is at work in"), only_writer(tmp_path):
+            pass
+        other.kill()
+    with only_writer(tmp_path):
+        pass

@@ -50,6 +50,13 @@ def test_tensorboard_events_are_written_and_purged_from_the_restored_step(tmp_pa
     assert b"\x10\x08\x3a\x02\x08\x01" in content
 
 
+def test_events_are_in_the_file_though_the_process_ends_at_once(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, {"loss/total": 1.0})
+    (events,) = tmp_path.glob("events.out.tfevents.*")
+    assert b"loss/total" in events.read_bytes()
+
+
 def test_no_file_means_no_lines(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 

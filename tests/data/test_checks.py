@@ -84,6 +84,15 @@ def test_instances_over_the_cap_are_a_warning(tmp_path, caplog):
     assert report.unlabelled is None
 
 
+def test_images_that_a_list_names_in_vain_are_found_before_training(tmp_path):
+    _folder(tmp_path / "pool", 2)
+    (tmp_path / "pool.txt").write_text("pool/0.png\npool/gone.png\npool/1.png\n")
+    pool = ImageFolder(tmp_path / "pool.txt")
+    with pytest.raises(DataError, match=r"(?s)1 unreadable images of 3.*gone\.png"):
+        check_sources(None, pool, None, max_instances=5)
+    assert len(check_sources(None, pool, None, max_instances=5, on_unreadable="skip").unlabelled.source) == 2
+
+
 def test_truncated_images_are_found_before_training(tmp_path):
     pool = _folder(tmp_path / "pool", 14)
     _cut(pool, *range(1, 13))

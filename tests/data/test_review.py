@@ -16,7 +16,7 @@ from cast_jax.core.annotations import Category, Detections, decode_mask, encode_
 from cast_jax.core.errors import DataError
 from cast_jax.core.files import read_json, write_json
 from cast_jax.data.pseudo_labels import PseudoLabels, PseudoLabelWriter
-from cast_jax.data.review import export_labels, import_labels
+from cast_jax.data.review import export_labels, finish_import, import_labels
 from cast_jax.data.sources.folder import ImageFolder
 from cast_jax.data.sources.pseudo_labelled import PseudoLabelled
 
@@ -74,6 +74,17 @@ def test_a_round_trip_changes_nothing_but_the_hash(store, tmp_path):
     assert writer.pending_shards() == []
 
 
+def test_an_import_that_was_stopped_half_way_is_finished(store, tmp_path):
+    write_json(tmp_path / "labels.json", export_labels(store))
+    import_labels(store, tmp_path / "labels.json")
+    reviewed = PseudoLabels.open(store).reviewed
+    store.rename(tmp_path / "store.importing")  # between the two renames
+    finish_import(store)
+    assert PseudoLabels.open(store).reviewed == reviewed
+    finish_import(store)
+    assert PseudoLabels.open(store).reviewed == reviewed
+
+
 def test_pycocotools_reads_the_export(store, tmp_path, capsys):
     for polygons in (False, True):
         write_json(tmp_path / "labels.json", export_labels(store, polygons))
@@ -123,6 +134,7 @@ def test_corrections_come_back(store, tmp_path):
     content["annotations"].pop()
     write_json(tmp_path / "labels.json", content)
     assert import_labels(store, tmp_path / "labels.json")["instances"] == 2
+    assert not (tmp_path / "store.replaced").exists()
     originals = lines(tmp_path / "store.before_review")
     np.testing.assert_array_equal(decode_mask(originals[0]["instances"][0]["segmentation"]), disc(10, 38, 8))
     assert kept["score"] == pytest.approx(0.9)

@@ -67,7 +67,10 @@ class Coco:
             require_same_categories(tuple(categories), self._categories, str(self.annotations))
         self.root = Path(images) if images is not None else self.annotations.with_suffix("")
         if not self.root.is_dir():
-            raise DataError(f"{self.root}: no such folder with the images of {self.annotations}; set images")
+            raise DataError(
+                f"{self.root}: no such folder with the images of {self.annotations}; name it: --config.data."
+                "labelled_images or --config.data.val_images of a run, --images of a script"
+            )
         self._read_images(content["images"])
         self._read_annotations(content["annotations"], on_fault)
 

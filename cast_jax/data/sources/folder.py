@@ -28,14 +28,15 @@ class ImageFolder:
         its first wildcard, or the folder of the list.
 
     Raises:
-      DataError: nothing is there, or the list leaves its folder, repeats an image or names a missing one.
+      DataError: nothing is there, or the list leaves its folder or repeats an image. Whether a list's images are there
+        is not looked at here, but with those of all sources (:func:`cast_jax.data.checks.check_source`).
     """
 
     def __init__(self, images: str | os.PathLike[str], root: str | os.PathLike[str] | None = None):
         images = os.fspath(images)
         if images.lower().endswith(".txt"):
             self.root = Path(root if root is not None else Path(images).parent)
-            self._names = _listed(images, self.root)
+            self._names = _listed(images)
         elif glob.has_magic(images) and not Path(images).is_dir():
             if ".." in Path(images).relative_to(_before_wildcard(images)).parts:
                 raise DataError(f"{images}: may not have .. after a wildcard; begin with the folder above the images")
@@ -102,10 +103,8 @@ def _before_wildcard(pattern: str) -> Path:
     return Path(*parts[:first])
 
 
-def _listed(list_file: str, root: Path) -> list[str]:
+def _listed(list_file: str) -> list[str]:
     names = [check_relative(line, list_file) for line in read_list(list_file)]
     if len(set(names)) < len(names):
         raise DataError(f"{list_file}: listed twice: {name_some(sorted({n for n in names if names.count(n) > 1}))}")
-    if missing := [name for name in names if not (root / name).is_file()]:
-        raise DataError(f"{list_file}: {len(missing)} images are not in {root}: {name_some(missing)}")
     return names

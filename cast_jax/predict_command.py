@@ -1,0 +1,129 @@
+"""``cast-predict WEIGHTS IMAGES OUTPUT``: the masks that a trained model finds in images without labels.
+
+WEIGHTS is an export of a run (RUN/refine/exported/last.safetensors; config.json and classes.json lie beside it), IMAGES
+a folder, a pattern ("images/**/*.png") or a .txt list. OUTPUT becomes a folder with predictions.json (a COCO JSON with
+the labels' own category ids and a score for every mask, which annotation tools open), stats.json and pictures/.
+A command that was stopped continues where it was when it is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cast_jax.core.annotations import Category
+from cast_jax.core.errors import UserError
+from cast_jax.core.files import only_writer, remove_temporaries, write_json
+from cast_jax.core.logging import setup_logging
+from cast_jax.core.runtime import compute_dtype, setup
+from cast_jax.core.sharding import make_mesh, param_shardings, place
+from cast_jax.data.checks import check_source
+from cast_jax.data.pseudo_labels import PseudoLabels, PseudoLabelWriter
+from cast_jax.data.review import export_labels
+from cast_jax.data.sources.base import Source
+from cast_jax.data.sources.folder import ImageFolder
+from cast_jax.data.sources.pseudo_labelled import PseudoLabelled
+from cast_jax.export import load_weights, merge_weights, weights_hash
+from cast_jax.models.functional import Params
+from cast_jax.models.registry import build_segmenter
+from cast_jax.predict import Predictor
+from cast_jax.visualize import overlay, save_image
+
+PREDICTIONS = "predictions.json"
+MOST_MASKS = 300  # candidates an image
+
+
+def predict(
+    weights: Path,
+    images: Source,
+    output: Path,
+    *,
+    min_score: float = 0.3,
+    max_iou: float = 0.5,
+    batch_size: int = 8,
+    pictures: int = 8,
+    polygons: bool = False,
+) -> dict[str, Any]:
+    """Finds instances on all devices of this machine; returns the statistics.
+
+    Args:
+      min_score: masks with a lower score are dropped.
+      max_iou: of two masks that overlap by more, the one with the lower score is dropped.
+      batch_size: images at a time.
+      pictures: images, evenly spread, that are drawn with what was found.
+      polygons: outlines instead of run lengths; see :func:`cast_jax.data.review.export_labels`.
+
+    Raises:
+      UserError, DataError: weights that are no export of a run; an output folder with the masks of other weights,
+        images or thresholds.
+    """
+    predictor, params, categories = _load(weights, batch_size, min_score)
+    with only_writer(output):
+        remove_temporaries(output)
+        writer = PseudoLabelWriter(output, images, categories, weights_hash(weights), min_score, max_iou)
+        for shard in writer.pending_shards():
+            found = predictor(params, images, list(shard.indices), f"predicting, part {shard.number + 1}")
+            writer.write_shard(shard.number, [detections for _, detections in found])
+        statistics = writer.finish()
+        write_json(output / PREDICTIONS, export_labels(output, polygons))
+        labelled = PseudoLabelled(images, PseudoLabels.open(output), categories)
+        for index in np.linspace(0, len(images) - 1, min(pictures, len(images))).astype(int).tolist():
+            shown = labelled.instances(index)
+            picture = overlay(images.image(index), shown.masks, shown.labels, shown.scores, categories)
+            save_image(output / "pictures" / f"{index:05d}.jpg", picture)
+    return statistics
+
+
+def _load(weights: Path, batch_size: int, min_score: float) -> tuple[Predictor, Params, tuple[Category, ...]]:
+    params, described, categories = load_weights(weights)
+    if not {"model", "image_size"} <= described.keys() or not categories:
+        raise UserError(
+            f"{weights}: its config.json and classes.json do not describe a trained model; name an export of a run "
+            "(RUN/refine/exported/last.safetensors)"
+        )
+    size, mesh = tuple(described["image_size"]), make_mesh()
+    names = [category.name for category in categories]
+    segmenter = build_segmenter(described["model"], names, size, dtype=compute_dtype())
+    params = merge_weights(segmenter.abstract(), params, (), str(weights))
+    options: dict[str, Any] = {"batch_size": batch_size, "max_detections": MOST_MASKS, "min_score": min_score}
+    predictor = Predictor(segmenter, size, mesh=mesh, **options)
+    return predictor, place(params, param_shardings(params, mesh)), categories
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; what the user can mend ends with its message and exit code 1."""
+    parser = argparse.ArgumentParser(
+        prog="cast-predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("weights", metavar="WEIGHTS", type=Path)
+    parser.add_argument("images", metavar="IMAGES")
+    parser.add_argument("output", metavar="OUTPUT", type=Path)
+    parser.add_argument("--min-score", type=float, default=0.3, help="drop masks with a lower score (%(default)s)")
+    parser.add_argument("--max-iou", type=float, default=0.5, help="of masks that overlap by more, keep the better one")
+    parser.add_argument("--batch-size", type=int, default=8, help="images at a time (%(default)s)")
+    parser.add_argument("--pictures", type=int, default=8, help="images drawn with their masks (%(default)s)")
+    parser.add_argument("--polygons", action="store_true", help="outlines instead of run lengths")
+    parser.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
+    options = parser.parse_args(arguments)
+    for name, low, high in (("min_score", 0, 1), ("max_iou", 0, 1), ("batch_size", 1, 65536), ("pictures", 0, 10**6)):
+        if not low <= (value := getattr(options, name)) <= high:
+            parser.error(f"--{name.replace('_', '-')} is {value}; it must lie between {low} and {high}")
+    keep = ("min_score", "max_iou", "batch_size", "pictures", "polygons")
+    try:
+        setup()
+        setup_logging()
+        on_unreadable = "skip" if options.skip_unreadable else "error"
+        images = check_source("images", ImageFolder(options.images), None, on_unreadable).source
+        found = predict(options.weights, images, options.output, **{name: getattr(options, name) for name in keep})
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{found['instances']} masks in {found['images']} images: {options.output / PREDICTIONS}")
+
+
+if __name__ == "__main__":
+    main()

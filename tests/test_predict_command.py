@@ -1,0 +1,78 @@
+"""``cast-predict``: from an export and a folder of images to a COCO JSON, resumable."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+from tiny import TINY, drawn
+
+from cast_jax.core.annotations import Category
+from cast_jax.export import save_weights
+from cast_jax.models.registry import build_segmenter
+from cast_jax.predict_command import main
+
+CATEGORIES = (Category(24, "person"), Category(33, "bicycle"))
+SIZE = (32, 64)
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """Random weights that find something everywhere, and three images of different sizes, one in a sub-folder."""
+    segmenter = build_segmenter(TINY, [category.name for category in CATEGORIES], SIZE)
+    weights = tmp_path / "run" / "exported" / "last.safetensors"
+    save_weights(weights, drawn(segmenter.abstract(), 0.5), {"model": TINY, "image_size": list(SIZE)}, CATEGORIES)
+    rng = np.random.default_rng(0)
+    (tmp_path / "images" / "b").mkdir(parents=True)
+    for name, (height, width) in {"a.png": (40, 50), "b/c.png": (64, 30), "d.png": (32, 64)}.items():
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(tmp_path / "images" / name)
+    return str(weights), str(tmp_path / "images"), str(tmp_path / "out")
+
+
+def test_masks_of_a_folder_become_a_coco_json(inputs, tmp_path, capsys):
+    main([*inputs, "--min-score", "0", "--pictures", "2", "--batch-size", "2"])
+    coco = COCO(str(tmp_path / "out" / "predictions.json"))
+    assert [coco.imgs[number]["file_name"] for number in (1, 2, 3)] == ["a.png", "b/c.png", "d.png"]
+    annotations = coco.loadAnns(coco.getAnnIds())
+    assert annotations
+    assert {annotation["category_id"] for annotation in annotations} <= {24, 33}
+    for annotation in annotations:
+        image = coco.imgs[annotation["image_id"]]
+        assert coco.annToMask(annotation).shape == (image["height"], image["width"])
+        assert 0 <= annotation["score"] <= 1
+    assert len(list((tmp_path / "out" / "pictures").iterdir())) == 2
+    assert f"{len(annotations)} masks in 3 images" in capsys.readouterr().out
+
+    # Again: what is there stays; other thresholds do not mix with it.
+    shard = tmp_path / "out" / "shard-00000.jsonl"
+    before = shard.stat().st_mtime_ns
+    main([*inputs, "--min-score", "0"])
+    assert shard.stat().st_mtime_ns == before
+    with pytest.raises(SystemExit, match=r"has threshold 0\.0, not 0\.9; delete the folder"):
+        main([*inputs, "--min-score", "0.9"])
+
+
+def test_what_is_wrong_is_said_in_a_line(inputs, tmp_path):
+    weights, images, output = inputs
+    config = tmp_path / "run" / "exported" / "config.json"
+    for arguments, message in (
+        ([weights, str(tmp_path / "nowhere"), output], "no such folder of images"),
+        ([str(tmp_path / "no.safetensors"), images, output], "not a readable export"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(arguments)
+    described = json.loads(config.read_text())
+    config.write_text(json.dumps({"model": described["model"]}))
+    with pytest.raises(SystemExit, match="do not describe a trained model"):
+        main(list(inputs))
+    with pytest.raises(SystemExit):
+        main([*inputs, "--max-iou", "2"])
+    config.write_text(json.dumps(described))
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit, match=r"1 unreadable images of 4"):
+        main(list(inputs))
+    main([*inputs, "--skip-unreadable", "--min-score", "1"])
+    assert json.loads((tmp_path / "out" / "stats.json").read_text())["images"] == 3
