@@ -26,15 +26,15 @@ class Runs:
         )
 
     def __call__(self, name: str, *arguments: str, **options: Any) -> dict:
-        """Runs in ``folder/name``, to the end or until it is killed, or with ``full`` until the disk is."""
-        full = options.pop("full", False)
+        """Runs in ``folder/name``, to the end or until it is killed, or else if it ``fails``."""
+        fails = options.pop("fails", False)
         options = {"arguments": [*self.arguments, *arguments], **self.options, **options}
         assert self.server.stdin
         assert self.server.stdout
         self.server.stdin.write(json.dumps({"workdir": str(self.folder / name), **options}) + "\n")
         self.server.stdin.flush()
         found = json.loads(self.server.stdout.readline())
-        assert full or options.get("kill") or set(found["codes"]) == {0}, self.log(name)
+        assert fails or options.get("kill") or set(found["codes"]) == {0}, self.log(name)
         return found
 
     def log(self, name: str, number: int = 0) -> str:

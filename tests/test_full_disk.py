@@ -42,7 +42,7 @@ def test_a_full_disk_is_told_and_a_larger_one_ends_the_run(disk, tmp_path, kibib
     for size in kibibytes:
         resize(f"{taken + size}k")
         said.write_text("")
-        answer = runs("stopped", full=True)
+        answer = runs("stopped", fails=True)
         assert answer["codes"] == [1], said.read_text()[-3000:]
         last = said.read_text().splitlines()[-1]
         assert last.startswith("error: [Errno 28] No space left on device"), last

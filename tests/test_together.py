@@ -49,5 +49,11 @@ def test_two_processes_end_as_one_does_whoever_dies_and_whoever_continues(tmp_pa
             assert answer["seconds"] < 60, "the survivor lived on for too long"
             said = runs.log("killed", 1 - victim)
             assert "another task died" in said or "another process is gone" in said
+        # One that fails alone, with old checkpoints to be removed, does not wait for the other one's help with that.
+        answer = runs("killed", fails=True, full="distill/overlays", **two)
+        assert answer["codes"][0] == 1
+        assert "No space left on device" in runs.log("killed")
+        assert answer["codes"][1] != 0
+        assert answer["seconds"] < 60
         runs("killed", devices=4)
         check_same(tmp_path, "one", "killed")

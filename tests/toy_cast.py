@@ -7,6 +7,7 @@ A program, for ``runs.py``: it imports all of cast_jax once, then runs one comma
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -93,6 +94,7 @@ class Command:
       kill: (text, n, seconds): the victim dies of SIGKILL ``seconds`` after it began its n-th change of a file in the
         workdir whose path has ``text`` in it. ``event`` names that change; ``changes`` counts them all where none is
         wanted; ``seconds`` tell how long the others lived on.
+      full: the victim finds the disk full when it begins to change such a file.
       processes, devices: processes of the run, and devices of each.
       victim: the process to kill.
     """
@@ -101,13 +103,17 @@ class Command:
     arguments: list[str]
     real: bool = False
     kill: tuple[str, int, float] | None = None
+    full: str = ""
     processes: int = 1
     devices: int = 1
     victim: int = 0
 
 
-def watch_files(workdir: str, text: str, at: int, pipe: int) -> None:
-    """Tells the parent when the ``at``-th change of such a file below ``workdir`` begins; with 0, of every change."""
+def watch_files(workdir: str, text: str, at: int, pipe: int, full: str) -> None:
+    """Tells the parent when the ``at``-th change of such a file below ``workdir`` begins; with 0, of every change.
+
+    Changes of files with ``full`` in their path fail.
+    """
     seen = 0
 
     def hook(event: str, arguments: tuple) -> None:
@@ -117,6 +123,8 @@ def watch_files(workdir: str, text: str, at: int, pipe: int) -> None:
         else:
             changes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link")
         path = str(arguments[0]) if changes else ""
+        if full and path.startswith(workdir) and full in path:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
         if path.startswith(workdir) and text in path[len(workdir) :]:
             seen += 1
             if seen == at:
@@ -159,7 +167,8 @@ def answer(command: Command) -> dict:
             os.dup2(sink, 1)
             os.dup2(sink, 2)
             if number == command.victim:
-                watch_files(command.workdir, *(command.kill[:2] if command.kill else ("", 0)), writing)
+                text, at = command.kill[:2] if command.kill else ("", 0)
+                watch_files(command.workdir, text, at, writing, command.full)
             else:
                 os.close(writing)
             run(command, number, port)

@@ -83,7 +83,7 @@ def platform_notes() -> list[str]:
     """What a person should know about this machine before a long run."""
     notes = []
     if jax.default_backend() == "cpu" and Path("/proc/driver/nvidia/version").exists():
-        notes.append("an NVIDIA GPU is here but jax runs on the CPU: pip install 'cast_jax[cuda]'")
+        notes.append("an NVIDIA GPU is here but jax runs on the CPU: pip install -e '.[cuda]'")
     return notes
 
 
