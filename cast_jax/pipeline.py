@@ -485,7 +485,8 @@ class Pipeline:
                 for file in sorted((self.workdir / name / "evaluation").iterdir()):
                     atomic_write(self.workdir / "evaluation" / file.name, file.read_bytes())
                 break
-        if steps:
+        if steps or (self.workdir / "audit" / "audit.json").exists():
             write_report(self.workdir)
-            logger.info("\n%s\n\nreport: %s", summary_table(steps), self.workdir / "report.html")
+            table = f"\n{summary_table(steps)}\n\n" if steps else ""
+            logger.info("%sreport: %s", table, self.workdir / "report.html")
         return summary

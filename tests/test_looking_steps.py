@@ -109,6 +109,7 @@ def test_an_audit_of_an_untrained_teacher(workdir):
     pipeline.run(config("audit"), workdir)
     folder = workdir / "audit"
     report = json.loads((folder / "audit.json").read_text())
+    assert "Audit: pseudo-labels against hidden labels" in (workdir / "report.html").read_text()
     assert report["images"] == len(report["hidden_images"]) == 1
     labelled = (workdir / "splits" / "labelled.txt").read_text().split()
     assert set(report["hidden_images"]) < set(labelled)
