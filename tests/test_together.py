@@ -16,6 +16,7 @@ COMMAND = ("--config", "configs/coco.py:cast,smoke", "--config.distributed.timeo
 COMMAND += tuple(f"--config.steps.{step}.data.batch_labelled=4" for step in STEPS)
 COMMAND += tuple(f"--config.steps.{step}.data.batch_unlabelled=4" for step in ("adapt", "distill"))
 COMMAND += ("--config.pseudo_labels.shard_size=3", "--config.evaluate.batch_size=4")
+COMMAND += ("--config.steps.distill.train.save_every=1",)  # more than are kept
 
 
 def check_same(folder: Path, name: str, other: str) -> None:
