@@ -36,6 +36,7 @@ from cast_jax.visualize import overlay, save_image
 
 PREDICTIONS = "predictions.json"
 MOST_MASKS = 300  # candidates an image
+LEAST_SIDE = 720  # of a picture, in pixels: names and scores hide what is smaller
 
 
 def predict(
@@ -73,8 +74,9 @@ def predict(
         write_json(output / PREDICTIONS, export_labels(output, polygons))
         labelled = PseudoLabelled(images, PseudoLabels.open(output), categories)
         for index in np.linspace(0, len(images) - 1, min(pictures, len(images))).astype(int).tolist():
-            shown = labelled.instances(index)
-            picture = overlay(images.image(index), shown.masks, shown.labels, shown.scores, categories)
+            image, shown = images.image(index), labelled.instances(index)
+            side = max(LEAST_SIDE, *image.shape[:2])
+            picture = overlay(image, shown.masks, shown.labels, shown.scores, categories, long_side=side)
             save_image(output / "pictures" / f"{index:05d}.jpg", picture)
     return statistics
 

@@ -52,7 +52,7 @@ def export_labels(folder: str | os.PathLike[str], polygons: bool = False) -> dic
                 }
             )
     categories = [{"id": category.id, "name": category.name} for category in store.categories]
-    info = {"description": f"pseudo-labels of model {store.model_hash}, content {store.content_hash}"}
+    info = {"description": f"instances found by model {store.model_hash}, content {store.content_hash}"}
     return {"info": info, "images": images, "annotations": annotations, "categories": categories}
 
 
