@@ -11,14 +11,15 @@ as configs/coco.py wants.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from cast_jax.core.annotations import encode_mask
+from cast_jax.core.files import write_json
 from cast_jax.data.sources.coco import Coco
+from cast_jax.visualize import save_image
 
 
 def main() -> None:
@@ -34,7 +35,6 @@ def main() -> None:
     options = parser.parse_args()
     source, side = Coco(options.source), options.side
     folder = options.destination.with_suffix("")
-    folder.mkdir(parents=True, exist_ok=True)
     images: list[dict] = []
     annotations: list[dict] = []
     for index in sorted(range(len(source)), key=lambda index: str(source.record(index).image_id)):
@@ -44,7 +44,7 @@ def main() -> None:
         if not options.min_instances <= len(kept) <= options.max_instances or len(images) == options.images:
             continue
         name = f"{len(images):03d}.png"
-        cv2.imwrite(str(folder / name), source.image(index)[:side, :side, ::-1])
+        save_image(folder / name, source.image(index)[:side, :side])
         images.append({"id": len(images) + 1, "file_name": name, "height": side, "width": side})
         for number in kept:
             rle = encode_mask(masks[number])
@@ -60,7 +60,7 @@ def main() -> None:
                 }
             )
     categories = [{"id": category.id, "name": category.name} for category in source.categories]
-    options.destination.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    write_json(options.destination, {"images": images, "annotations": annotations, "categories": categories})
     print(f"{options.destination}: {len(images)} images, {len(annotations)} instances")
 
 

@@ -2,8 +2,9 @@
 
 python scripts/run_seeds.py --config configs/demo.py:cast --workdir runs/seeds --seeds 0 1 2 [--parallel 2] [-- ...]
 
-Each seed has its own folder ``<workdir>/seed<k>``; seeds that are finished are not run again. Writes
-``<workdir>/seeds.json`` and ``seeds.txt``.
+Each seed has its own folder ``<workdir>/seed<k>``; seeds that are finished are not run again. ``{seed}`` in what is passed
+on becomes the seed (``--config.data.split=splits/all_5_percent_seed{seed}.json``). Writes ``<workdir>/seeds.json`` and
+``seeds.txt``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from cast_jax.core.files import atomic_write, write_json
 
 METRICS = ("mask_ap", "mask_ap50")
 
@@ -38,9 +41,9 @@ def main() -> None:
         )
     summaries = [json.loads((_folder(options, seed) / "summary.json").read_text())["steps"] for seed in options.seeds]
     table = aggregate(summaries)
-    (options.workdir / "seeds.json").write_text(json.dumps({"seeds": options.seeds, "steps": table}, indent=2) + "\n")
+    write_json(options.workdir / "seeds.json", {"seeds": options.seeds, "steps": table})
     text = format_table(table)
-    (options.workdir / "seeds.txt").write_text(text + "\n")
+    atomic_write(options.workdir / "seeds.txt", text + "\n")
     print(text)
 
 
@@ -70,9 +73,15 @@ def _folder(options: argparse.Namespace, seed: int) -> Path:
     return options.workdir / f"seed{seed}"
 
 
-def _run(seed: int, options: argparse.Namespace) -> int:
+def command_of(seed: int, options: argparse.Namespace) -> list[str]:
+    """The run of one seed."""
     command = [sys.executable, "-m", "cast_jax.main", "--config", f"{options.config},seed={seed}"]
-    command += ["--workdir", str(_folder(options, seed)), *options.overrides]
+    overrides = [text.replace("{seed}", str(seed)) for text in options.overrides]
+    return [*command, "--workdir", str(_folder(options, seed)), *overrides]
+
+
+def _run(seed: int, options: argparse.Namespace) -> int:
+    command = command_of(seed, options)
     if options.parallel == 1:
         return subprocess.run(command, check=False).returncode
     cores = _cores(options.seeds.index(seed), options.parallel)
