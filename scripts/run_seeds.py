@@ -2,9 +2,9 @@
 
 python scripts/run_seeds.py --config configs/demo.py:cast --workdir runs/seeds --seeds 0 1 2 [--parallel 2] [-- ...]
 
-Each seed has its own folder ``<workdir>/seed<k>``; seeds that are finished are not run again. ``{seed}`` in what is passed
-on becomes the seed (``--config.data.split=splits/all_5_percent_seed{seed}.json``). Writes ``<workdir>/seeds.json`` and
-``seeds.txt``.
+Each seed has its own folder ``<workdir>/seed<k>``; seeds that are finished are not run again. ``{seed}`` in what is
+passed on becomes the seed (``--config.data.split=splits/all_5_percent_seed{seed}.json``). Writes
+``<workdir>/seeds.json`` and ``seeds.txt``.
 """
 
 from __future__ import annotations
