@@ -1,10 +1,10 @@
-"""Real images with few labels: 24 labelled and 136 unlabelled micrographs of nuclei, within an hour on a CPU.
+"""Real images with few labels: 24 labelled and 136 unlabelled micrographs of nuclei, in about an hour on a CPU.
 
 python -m cast_jax.main --config configs/nuclei.py:cast --workdir runs/nuclei \
     --config.data.labelled=labelled.json --config.data.unlabelled=unlabelled/ --config.data.val=val.json
 
 Generated micrographs stand in for what a foundation model has seen: the teacher starts from all that it learned of
-them, the student from the encoder alone.
+them, the student from the encoder alone. With --config.data.split=FILE fewer images keep their labels (README.md).
 """
 
 from configs import common
@@ -13,9 +13,9 @@ STEPS = {
     "pretrain": 1200,
     "finetune": 80,
     "adapt": 60,
-    "distill": 400,
-    "refine": 40,
-    "student_supervised": 440,
+    "distill": 1050,
+    "refine": 150,
+    "student_supervised": 1200,
 }
 
 

@@ -12,6 +12,7 @@ from tiny import drawn
 from cast_jax import pipeline
 from cast_jax.core.config import to_json
 from cast_jax.core.errors import UserError
+from cast_jax.core.files import LOCK
 from cast_jax.export import save_weights
 from cast_jax.models.functional import Functional
 from cast_jax.models.teacher.grounding_dino import GroundingDino
@@ -78,7 +79,7 @@ def test_the_networks_are_told_apart(settings, tmp_path):
     ):
         with pytest.raises(UserError, match=rf"config\.init\.teacher\.{message}"):
             pipeline.run({**settings, "init": {**settings["init"], "teacher": teacher | swapped}}, tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 def test_both_networks_are_asked_for(settings, tmp_path):
