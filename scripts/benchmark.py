@@ -19,6 +19,7 @@ import argparse
 import importlib
 import json
 import platform
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def main() -> None:
     if options.processor_time:
         timing.clock = time.process_time
     module, function = BENCHMARKS[options.benchmark]  # each needs other packages
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # configs
     rows = getattr(importlib.import_module(f"benchmarks.{module}"), function)(options.repeats)
     print(f"{time.strftime('%Y-%m-%d')}, jax {jax.__version__}, {jax.devices()[0].device_kind}, {platform.machine()}\n")
     print_table(rows)
