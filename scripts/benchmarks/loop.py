@@ -17,6 +17,7 @@ from unittest import mock
 
 import jax
 
+from cast_jax.core import sharding
 from cast_jax.core.annotations import Category
 from cast_jax.core.compiled import collective_bytes
 from cast_jax.core.logging import read_metrics
@@ -185,10 +186,12 @@ def _calls(step: TrainStep, state: Any, batch: Any) -> list[tuple[float, float]]
 def exchanged(repeats: int) -> list[dict[str, Any]]:
     """KiB that each of eight devices receives in an update of the demo's ``distill,smoke``, by the compiled program.
 
-    Of eight labelled and eight pseudo-labelled images of two sizes, with 64 queries of either; operations inside loops
-    count once. The parameters' own size, and that of the images in both views, stand beside. ``repeats`` plays no part.
+    Of eight labelled and eight pseudo-labelled images of two sizes, with 64 queries of either; with fsdp every array
+    that can be is split. Operations inside loops count once. The parameters' own size, and that of the images in both
+    views, stand beside. ``repeats`` plays no part.
     """
     jax.config.update("jax_num_cpu_devices", 8)
+    sharding.SMALL = 1  # arrays of so small a model would not be split
     from configs import demo
 
     rows = []
@@ -207,10 +210,8 @@ def exchanged(repeats: int) -> list[dict[str, Any]]:
             step = make_step(
                 run.recipe("distill", categories), dataclasses.replace(run.train_config("distill"), mesh=mesh)
             )
-            sharding = batch_sharding(make_mesh(mesh))
-            batch = jax.tree.map(
-                lambda x, sharding=sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch
-            )
+            split = batch_sharding(make_mesh(mesh))
+            batch = jax.tree.map(lambda x, split=split: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), batch)
             step.compile("distill", step.like, {}, batch)
             sent = collective_bytes(step.program)
             parameters = sum(4 * leaf.size for leaf in named_leaves(step.like.params).values())
