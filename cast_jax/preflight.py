@@ -90,7 +90,7 @@ def _settled(config: Mapping[str, Any], begun: set[str]) -> dict[str, Any]:
         for name, step in config["steps"].items()
         if name in begun
     }
-    data = {**config["data"], "loader": without(config["data"]["loader"], *HOW_BATCHES_COME)}
+    data = {**config["data"], "loader": without(config["data"].get("loader", {}), *HOW_BATCHES_COME)}
     model = {
         role: {part: without(value, "remat") for part, value in spec.items()} for role, spec in config["model"].items()
     }
