@@ -8,7 +8,7 @@ Scenes of a source look stand in for what a foundation model has seen; the task 
 from configs import common
 
 STEPS = {
-    "pretrain": 2000,
+    "pretrain": 4000,
     "finetune": 150,
     "adapt": 150,
     "distill": 450,
