@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import library
 
 # The transforms need no compiled operator, but importing them asks for these, which a wheel of torchvision built for
 # CUDA cannot load beside a torch for CPUs.
-_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+_OPERATORS = library.Library("torchvision", "FRAGMENT")
 for _name in ("nms", "qnms"):
     _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
