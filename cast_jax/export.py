@@ -22,7 +22,7 @@ from cast_jax.models.functional import Params
 
 
 def save_weights(path: Path, params: Params, model: dict[str, Any], categories: Sequence[Category]) -> None:
-    """Writes parameters under their path names (``encoder/blocks/0/...``); config.json holds the model's sizes.
+    """Writes parameters under their path names (``encoder/blocks/each/...``); config.json holds the model's sizes.
 
     The weights come last, so that a reader who finds them finds what belongs to them. All processes of a run take part,
     the first one writes.

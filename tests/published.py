@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import torch
 import transformers
 from flax import nnx
 
 from cast_jax.convert import dinov2 as dinov2_keys
 from cast_jax.convert import dpt as dpt_keys
-from cast_jax.convert.engine import Origin, place
+from cast_jax.convert.engine import place
+from cast_jax.core.rules import layer_names
 
 # What --config must say so that MODEL has the tiny sizes.
 ENCODER = {"embed_dim": 24, "depth": 4, "num_heads": 2, "patch_size": 4, "position_grid": 5}
@@ -147,23 +149,32 @@ def save_torch(path: Path, content) -> Path:
 
 
 def pairs(ours: nnx.Module, theirs: torch.nn.Module, part: str, prefix: str = "") -> Iterator:
-    """(path, our parameter, their parameter, how theirs becomes ours), by the conversion's rules, none without.
+    """(path, our parameter, theirs, how they become ours), by the conversion's rules; of a stack one for each layer.
 
-    ``ours`` is the student's ``part``; ``prefix`` is what the file has before the names of ``theirs``.
+    ``ours`` is the student's ``part``; ``prefix`` is what the file has before the names of ``theirs``. No parameter is
+    left without its counterpart, on neither side.
     """
     parameters = dict(theirs.named_parameters())
     origins = place([prefix + key for key in parameters], (*dinov2_keys.RULES, *dpt_keys.RULES)).origins
-    flat = nnx.to_flat_state(nnx.state(ours, nnx.Param))
-    assert {f"{part}/{'/'.join(map(str, path))}" for path, _ in flat} == origins.keys()
-    for path, variable in flat:
-        origin: Origin = origins[f"{part}/{'/'.join(map(str, path))}"][0]
-        yield path, variable, parameters[origin.key.removeprefix(prefix)], lambda x, o=origin: o.convert(x.numpy())
+    flat = [
+        (path, variable, layer_names(f"{part}/{'/'.join(map(str, path))}", variable.shape))
+        for path, variable in nnx.to_flat_state(nnx.state(ours, nnx.Param))
+    ]
+    assert {name for _, _, names in flat for name in names} == origins.keys()
+    for path, variable, names in flat:
+        found = [origins[name][0] for name in names]
+
+        def layout(values, found=found) -> np.ndarray:
+            arrays = [origin.convert(value.numpy()) for origin, value in zip(found, values, strict=True)]
+            return arrays[0] if len(arrays) == 1 else np.stack(arrays)
+
+        yield path, variable, [parameters[origin.key.removeprefix(prefix)] for origin in found], layout
 
 
 def copy_weights(theirs: torch.nn.Module, ours: nnx.Module, part: str, prefix: str = "") -> None:
     """Fills every parameter of ``ours``."""
     leaves = [
-        (path, variable.replace(jnp.asarray(layout(other.detach()))))
-        for path, variable, other, layout in pairs(ours, theirs, part, prefix)
+        (path, variable.replace(jnp.asarray(layout([other.detach() for other in others]))))
+        for path, variable, others, layout in pairs(ours, theirs, part, prefix)
     ]
     nnx.update(ours, nnx.from_flat_state(leaves))

@@ -27,6 +27,7 @@ from cast_jax.convert.models import (
     model_config,
     parameter_shapes,
     relatives,
+    stored_shapes,
 )
 from cast_jax.convert.sources import open_checkpoint
 from cast_jax.convert.verify import check_installed, format_stages, verify
@@ -79,7 +80,7 @@ def convert(
 
     existed = destination.exists()
     try:
-        write_tensors(destination / WEIGHTS, shapes, converted(checkpoint, origins), before=describe)
+        write_tensors(destination / WEIGHTS, stored_shapes(config), converted(checkpoint, origins), before=describe)
     except BaseException:
         if not existed and destination.is_dir() and not any(destination.iterdir()):
             destination.rmdir()

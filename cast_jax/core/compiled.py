@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from typing import Any
@@ -15,6 +16,9 @@ _CONTROL = ("while", "conditional", "call")
 
 _COLLECTIVE = re.compile(rf"= (?P<shape>.*?) (?P<name>{'|'.join(COLLECTIVES)})(?P<start>-start)?\(")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?:\(.*?\)|\S+) (?P<kind>[\w-]+)\(")
+_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) .*\{$")
+_CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|\w+_computations?)=(\{[^}]*\}|%?[\w.-]+)")
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\]")
 
 
@@ -52,15 +56,32 @@ def instructions(program: Any) -> tuple[str, dict[str, str | None]]:
 def collective_bytes(program: Any) -> dict[str, int]:
     """Bytes of the results of a program's collective operations on each device, by operation.
 
-    Operations inside loops count once, however often the loop turns.
+    Operations inside loops count as often as the loop turns; where the program does not say how often, once.
     """
-    found: Counter[str] = Counter()
+    sent: dict[str, Counter[str]] = {}
+    calls: dict[str, list[tuple[str, int]]] = {}
+    computation = entry = ""
     for line in program.as_text().splitlines():
+        if header := _COMPUTATION.match(line):
+            computation = header["name"]
+            entry = computation if header["entry"] else entry
+            sent[computation], calls[computation] = Counter(), []
         if match := _COLLECTIVE.search(line):
             arrays = [_bytes(*array) for array in _ARRAY.findall(match["shape"])]
             # What is started asynchronously names its operands beside its results.
-            found[match["name"]] += sum(arrays[len(arrays) // 2 :] if match["start"] else arrays)
-    return dict(found)
+            sent[computation][match["name"]] += sum(arrays[len(arrays) // 2 :] if match["start"] else arrays)
+        turns = _TURNS.search(line)
+        for called in _CALLED.findall(line) if computation else ():
+            calls[computation] += [(name, int(turns[1]) if turns else 1) for name in re.findall(r"[\w.-]+", called)]
+
+    @functools.cache
+    def total(computation: str) -> Counter[str]:
+        found = Counter(sent[computation])
+        for name, times in calls[computation]:
+            found.update({operation: times * size for operation, size in total(name).items()})
+        return found
+
+    return dict(total(entry))
 
 
 def _bytes(kind: str, bits: str, shape: str) -> int:

@@ -13,12 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
 from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
-from cast_jax.core.rules import match_any, match_rules, named_leaves, unnamed
+from cast_jax.core.rules import layer_names, match_any, match_rules, named_leaves, unnamed
 
 Named = dict[str, Array]
 Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
@@ -46,7 +47,8 @@ class OptimizerConfig:
       power: polynomial only, (1 - progress) ** power.
       weight_decay: decoupled, multiplied by the parameter's own learning rate.
       clip_norm: global norm of the gradients of all trained parameters; None for no clipping.
-      learning_rate_rules: (pattern, multiplier) pairs; every trained parameter must match.
+      learning_rate_rules: (pattern, multiplier) pairs; every trained parameter must match. Layers of a stack go by
+        their own names here and below, ``encoder/blocks/0/norm1/scale``.
       no_decay: patterns of parameters without weight decay; None stands for ``NO_DECAY``: all but kernels.
       frozen: patterns of parameters that are not trained.
     """
@@ -121,14 +123,14 @@ class Optimizer:
 
     Attributes:
       schedule: step -> learning rate, before multipliers.
-      multipliers: learning-rate multiplier of each trained parameter, by path.
+      multipliers: learning-rate multiplier of each trained parameter, by path; of stacked layers that differ an array.
       decayed: paths with weight decay.
       transform: Adam's preconditioning over ``{path: gradient}``.
     """
 
     config: OptimizerConfig
     schedule: Schedule
-    multipliers: dict[str, float]
+    multipliers: dict[str, float | np.ndarray]
     decayed: frozenset[str]
     transform: optax.GradientTransformation
 
@@ -172,9 +174,11 @@ def make_optimizer(config: OptimizerConfig, params: Any, steps: int) -> Optimize
     Raises:
       UserError: rules that do not fit the parameters, an unknown schedule, a warmup as long as the run.
     """
-    names = list(named_leaves(params))
-    frozen = match_any(config.frozen, names, "optimizer.frozen")
-    trained = [name for name in names if name not in frozen]
+    leaves = named_leaves(params)
+    layers = {name: layer_names(name, leaf.shape) for name, leaf in leaves.items()}
+    names = [layer for own in layers.values() for layer in own]
+    frozen = _of_arrays(match_any(config.frozen, names, "optimizer.frozen"), layers, "frozen")
+    trained = [name for name in leaves if name not in frozen]
     if not trained:
         raise UserError(f"optimizer.frozen {config.frozen} leaves nothing to train")
     # Rules are checked against all names, so that freezing an encoder does not make its multiplier rule a fault.
@@ -184,10 +188,31 @@ def make_optimizer(config: OptimizerConfig, params: Any, steps: int) -> Optimize
     return Optimizer(
         config=config,
         schedule=make_schedule(config, steps),
-        multipliers={name: float(multipliers[name]) for name in trained},
-        decayed=frozenset(set(trained) - undecayed),
+        multipliers={
+            name: _factor([float(multipliers[layer]) for layer in layers[name]], leaves[name].ndim) for name in trained
+        },
+        decayed=frozenset(set(trained) - _of_arrays(undecayed, layers, "no_decay")),
         transform=optax.scale_by_adam(config.b1, config.b2, config.eps),
     )
+
+
+def _of_arrays(chosen: set[str], layers: dict[str, list[str]], field: str) -> set[str]:
+    """The arrays whose layers are all ``chosen``; it must be all or none."""
+    for name, own in layers.items():
+        if 0 < len(chosen.intersection(own)) < len(own):
+            few = next(layer for layer in own if layer not in chosen)
+            raise UserError(
+                f"optimizer.{field} matches some layers of {name}, but not {few}: they are one array. Match all or "
+                "none; layers that are not to move can have a multiplier of 0 in optimizer.learning_rate_rules"
+            )
+    return {name for name, own in layers.items() if chosen.issuperset(own)}
+
+
+def _factor(multipliers: list[float], ndim: int) -> float | np.ndarray:
+    """One multiplier for all layers of an array where they agree, else one for each."""
+    if len(set(multipliers)) == 1:
+        return multipliers[0]
+    return np.array(multipliers, np.float32).reshape(-1, *(1,) * (ndim - 1))
 
 
 def ema_update(average: Any, params: Any, decay: float, step: Int[Array, ""]) -> Any:

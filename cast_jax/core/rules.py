@@ -1,4 +1,4 @@
-"""Regular expressions over parameter paths such as ``encoder/blocks/0/attention/query/kernel``.
+"""Regular expressions over parameter paths such as ``encoder/blocks/each/attention/query/kernel``.
 
 A table is a sequence of (pattern, value); the first pattern that matches the whole path decides. Strict on both sides:
 a path without a rule and a rule without a path are errors, since both are how a typing mistake looks.
@@ -27,6 +27,19 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 def unnamed(leaves: dict[str, Any], like: Any) -> Any:
     """Inverse of :func:`named_leaves`: puts leaves, in any order, back into the structure of ``like``."""
     return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in named_leaves(like)])
+
+
+EACH = "each"
+"""The part of a path that stands for all layers of a stack (``models.stack``): the array's first axis numbers them."""
+
+
+def layer_names(name: str, shape: Sequence[int]) -> list[str]:
+    """The layers' own paths: of ``blocks/each/bias``, [12, 384], ``blocks/0/bias`` to ``blocks/11/bias``.
+
+    A path that stands for itself is the only one.
+    """
+    before, each, after = f"/{name}".partition(f"/{EACH}/")
+    return [f"{before}/{layer}/{after}"[1:] for layer in range(shape[0])] if each else [name]
 
 
 def match_rules(rules: Sequence[tuple[str, Value]], names: Iterable[str], table: str) -> dict[str, Value]:

@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from cast_jax.core import target
 from cast_jax.core.errors import UserError
-from cast_jax.core.rules import match_rules, named_leaves, unnamed
+from cast_jax.core.rules import layer_names, match_rules, named_leaves, unnamed
 
 AXES = ("data", "fsdp")
 RULES: tuple[tuple[str, Any], ...] = ((".*", "auto"),)
@@ -216,7 +216,7 @@ def _spec(name: str, shape: tuple[int, ...], spec: Any, mesh: Mesh) -> Partition
     if isinstance(spec, str):
         if spec != "auto":
             raise UserError(f"sharding.rules: {spec!r} for {name}; write a tuple of axis names, or 'auto'")
-        return _automatic(shape, mesh.shape["fsdp"])
+        return _automatic(shape, mesh.shape["fsdp"], stacked=len(layer_names(name, shape)) > 1)
     if len(spec) > len(shape):
         raise UserError(f"sharding.rules: {name} has shape {shape}, but its spec {tuple(spec)} has more dimensions")
     for size, axes in zip(shape, spec, strict=False):
@@ -228,9 +228,11 @@ def _spec(name: str, shape: tuple[int, ...], spec: Any, mesh: Mesh) -> Partition
     return PartitionSpec(*spec)
 
 
-def _automatic(shape: tuple[int, ...], parts: int) -> PartitionSpec:
-    workable = [dimension for dimension, size in enumerate(shape) if size % parts == 0]
-    if parts == 1 or not workable or np.prod(shape) < SMALL:
+def _automatic(shape: tuple[int, ...], parts: int, stacked: bool) -> PartitionSpec:
+    """Of a ``stacked`` parameter each layer is split, not the axis of layers: a loop over them needs one at a time."""
+    own = range(1 if stacked else 0, len(shape))
+    workable = [dimension for dimension in own if shape[dimension] % parts == 0]
+    if parts == 1 or not workable or math.prod(shape[dimension] for dimension in own) < SMALL:
         return PartitionSpec()
     largest = max(workable, key=lambda dimension: shape[dimension])
     return PartitionSpec(*(None,) * largest, "fsdp")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -116,7 +118,7 @@ class TrainStep:
         everywhere = replicated(self.mesh)
         key = jax.ShapeDtypeStruct(self._step_key.shape, self._step_key.dtype, sharding=everywhere)
         jitted = jax.jit(self._step, donate_argnums=0, out_shardings=(self._shardings, everywhere, everywhere))
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), _uncollected():
             self.traced = jitted.trace(state, frozen, batch, key)
             self.program = self.traced.lower().compile()
         logger.info("compiling the %s step done in %.1f s", name, time.monotonic() - begin)
@@ -201,6 +203,18 @@ def count_images(batch: Any) -> int:
     nested = isinstance(batch, Mapping) and all(isinstance(group, Mapping) for group in batch.values())
     groups = list(batch.values()) if nested else [batch]
     return sum(jax.tree.leaves(group)[0].shape[0] for group in groups)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Puts Python's garbage collector off: tracing makes a mass of objects that stay, and it goes through them all."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _report_memory(name: str, needed: int | None, limit: int | None) -> None:

@@ -18,6 +18,7 @@ from cast_jax.models.attention import attend
 from cast_jax.models.convolution import PatchEmbedding
 from cast_jax.models.layers import REMAT, LayerNorm, LayerScale, drop_path, dropout, rematerialise
 from cast_jax.models.resize import apply_matrices, interpolation_matrix
+from cast_jax.models.stack import Stack
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -200,7 +201,7 @@ class DinoV2(nnx.Module):
         if config.num_register_tokens:
             self.register_tokens = embedding(config.num_register_tokens)
         self.position_embedding = embedding(1 + config.position_grid**2)
-        self.blocks = nnx.List([Block(config, **options, rngs=rngs) for _ in range(config.depth)])
+        self.blocks = Stack(lambda: Block(config, **options, rngs=rngs), config.depth)
         self.norm = LayerNorm(config.embed_dim, epsilon=1e-6, **options, rngs=rngs)
 
     def __call__(
@@ -225,14 +226,15 @@ class DinoV2(nnx.Module):
         """
         if not layers or not all(0 <= layer < self.config.depth for layer in layers):
             raise ValueError(f"layers must be block numbers from 0 to {self.config.depth - 1}, got {tuple(layers)}")
-        tokens = self._embed(images)
-        kept = {}
-        for number, block in enumerate(self.blocks[: max(layers) + 1]):
-            key = None if rngs is None else rngs.dropout()
-            tokens = rematerialise(Block.__call__, block, tokens, key, when=self.config.remat == "blocks")
-            if number in layers:
-                kept[number] = self.norm(tokens)
-        return [kept[layer] for layer in layers]
+
+        def run(blocks: list[Block], tokens: Array, keys: list[Array | None]) -> tuple[Array, list[Array]]:
+            tokens = rematerialise(Block.__call__, blocks[0], tokens, keys[0], when=self.config.remat == "blocks")
+            return tokens, [tokens]
+
+        depth = max(layers) + 1
+        keys = None if rngs is None else jax.random.split(rngs.dropout(), depth)
+        _, tokens = self.blocks.scan(run, self._embed(images), keys, layers=depth)
+        return list(self.norm(tokens[jnp.array(layers)]))
 
     def intermediates(self, images: Float[Array, "batch height width 3"]) -> dict[str, Array]:
         """All tokens before the blocks and, normed, after each, by name."""

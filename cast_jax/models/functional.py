@@ -1,7 +1,7 @@
 """A flax.nnx module as a pure function of a plain parameter tree, so that plain JAX transforms apply.
 
-The tree is a nested dict with string keys (``encoder/blocks/0/norm1/scale``), which is what checkpoints, regex rules
-and exports see.
+The tree is a nested dict with string keys (``encoder/blocks/each/norm1/scale``, of all blocks in a stack), which is
+what checkpoints, regex rules and exports see.
 """
 
 from __future__ import annotations

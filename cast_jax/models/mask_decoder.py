@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,9 @@ from cast_jax.core.config import check_ranges
 from cast_jax.core.decoded import Decoded
 from cast_jax.core.errors import UserError
 from cast_jax.core.geometry import bilinear_sample, pixel_centres
+from cast_jax.models.attention import attend
 from cast_jax.models.layers import LayerNorm
+from cast_jax.models.stack import Stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +82,10 @@ class Attention(nnx.Module):
         value: Float[Array, "batch keys dim"],
         allowed: Bool[Array, "batch queries keys"] | None = None,
     ) -> Float[Array, "batch queries dim"]:
-        """``allowed`` marks the keys that each query may read; softmax in float32."""
+        """``allowed`` marks the keys that each query may read; some, at least one."""
         split = lambda x: x.reshape(*x.shape[:2], self.num_heads, -1)
         q, k, v = split(self.query(query)), split(self.key(key)), split(self.value(value))
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) / math.sqrt(q.shape[-1])
-        if allowed is not None:
-            logits = jnp.where(allowed[:, None], logits, -1e9)
-        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+        mixed = attend(q, k, v, None if allowed is None else allowed[:, None])
         return self.out(mixed.reshape(*mixed.shape[:2], -1))
 
 
@@ -104,11 +103,16 @@ class DecoderLayer(nnx.Module):
         self.dropout = config.dropout
 
     def __call__(
-        self, queries, query_positions, keys, values, allowed, keep: Bool[Array, "batch queries dropped"] | None
-    ):
-        """``keep`` is what dropout leaves of all that it may drop: three branches and the hidden units."""
-        dim = queries.shape[-1]
-        parts = [None] * 4 if keep is None else jnp.split(keep, (dim, 2 * dim, 3 * dim), axis=-1)
+        self,
+        queries: Float[Array, "batch queries dim"],
+        query_positions: Float[Array, "batch queries dim"],
+        keys: Float[Array, "batch keys dim"],
+        values: Float[Array, "batch keys dim"],
+        allowed: Bool[Array, "batch queries keys"],
+        keep: Sequence[Bool[Array, "batch queries _"]] | None,
+    ) -> Float[Array, "batch queries dim"]:
+        """``keep`` is what dropout leaves: of the three branches, and of the hidden units."""
+        parts = (None,) * 4 if keep is None else keep
         drop = lambda x, part: x if part is None else jnp.where(part, x / (1.0 - self.dropout), 0.0)
         cross = self.cross(queries + query_positions, keys, values, allowed)
         queries = self.cross_norm(queries + drop(cross, parts[0]))
@@ -145,7 +149,7 @@ class MaskDecoder(nnx.Module):
         num_free = 1 if config.query_stride else config.num_queries
         self.query_content = nnx.Param(jax.random.normal(rngs.params(), (num_free, dim)))
         self.query_positions = nnx.Param(jax.random.normal(rngs.params(), (num_free, dim)))
-        self.layers = nnx.List([DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
+        self.layers = Stack(lambda: DecoderLayer(config, dtype=dtype, rngs=rngs), config.num_layers)
         self.norm = LayerNorm(dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.class_head = linear(dim, num_classes + 1)
         self.mask_head = MLP(dim, config.mask_dim, dtype=dtype, rngs=rngs)
@@ -192,25 +196,39 @@ class MaskDecoder(nnx.Module):
             values.append(value)
             seen.append(_resize(mask_features, (rows, columns)))
 
-        keep = self._draw_dropout(batch, queries.shape[1], rngs)
-        normed = [self.norm(queries)]
-        embeddings = [self._embed(normed[0], anchors)]
-        for index, layer in enumerate(self.layers):
-            level = index % config.num_levels
-            allowed = _attention_mask(embeddings[-1], seen[level])
-            queries = layer(queries, positions, keys[level], values[level], allowed, keep[index])
-            normed.append(self.norm(queries))
-            embeddings.append(self._embed(normed[-1], anchors))
-        class_logits = self.class_head(jnp.stack(normed, axis=1)).astype(jnp.float32)
-        return Decoded(jnp.stack(embeddings, axis=1), mask_features, class_logits)
+        def read(queries: Array) -> tuple[Array, Array]:
+            normed = self.norm(queries)
+            return normed, self._embed(normed, anchors)
 
-    def _draw_dropout(self, batch: int, queries: int, rngs: nnx.Rngs | None) -> Sequence[Array | None]:
-        """What dropout keeps in each layer, drawn at once: a generator for each of 36 masks takes long to compile."""
+        def run(layers: list[DecoderLayer], carry: tuple[Array, Array], keep: list[Array | None]) -> tuple[Any, Any]:
+            queries, embedding = carry
+            found = []
+            for level, layer in enumerate(layers):
+                allowed = _attention_mask(embedding, seen[level])
+                queries = layer(queries, positions, keys[level], values[level], allowed, keep[level])
+                found.append(read(queries))
+                embedding = found[-1][1]
+            return (queries, embedding), found
+
+        first = read(queries)
+        keep = self._draw_dropout(batch, queries.shape[1], rngs)
+        _, later = self.layers.scan(run, (queries, first[1]), keep, together=config.num_levels)
+        join = lambda one, more: jnp.concatenate([one[:, None], jnp.moveaxis(more, 0, 1)], axis=1)
+        normed, embeddings = jax.tree.map(join, first, later)
+        return Decoded(embeddings, mask_features, self.class_head(normed).astype(jnp.float32))
+
+    def _draw_dropout(self, batch: int, queries: int, rngs: nnx.Rngs | None) -> list[Array] | None:
+        """What dropout keeps in the layers, ``[layers, batch, queries, _]``, of each layer's branches and hidden units.
+
+        Drawn at once: a generator for each of 36 masks takes long to compile.
+        """
         config = self.config
         if rngs is None or config.dropout == 0.0:
-            return [None] * config.num_layers
-        shape = (config.num_layers, batch, queries, 3 * config.hidden_dim + config.ffn_dim)
-        return list(jax.random.bernoulli(rngs.dropout(), 1.0 - config.dropout, shape))
+            return None
+        dim = config.hidden_dim
+        shape = (config.num_layers, batch, queries, 3 * dim + config.ffn_dim)
+        keep = jax.random.bernoulli(rngs.dropout(), 1.0 - config.dropout, shape)
+        return jnp.split(keep, (dim, 2 * dim, 3 * dim), axis=-1)
 
     def _encode(self, positions, height: int, width: int):
         """Projected sine features; learned queries see positions relative to the map, grid queries see pixels."""

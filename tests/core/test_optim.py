@@ -147,6 +147,37 @@ def test_the_first_rule_that_matches_decides():
     assert multipliers["head/kernel"] == 1.0
 
 
+def stacked():
+    rng = np.random.default_rng(1)
+    each = {"kernel": jnp.asarray(rng.normal(size=(3, 2, 2)), jnp.float32), "bias": jnp.zeros((3, 2))}
+    return {"blocks": {"each": each}, "head": {"kernel": jnp.ones((2, 2))}}
+
+
+def test_layers_of_a_stack_move_at_their_own_rates():
+    rules = ((r"blocks/0/.*", 0.0), (r"blocks/1/.*", 0.5), (".*", 1.0))
+    optimizer = make_optimizer(OptimizerConfig(learning_rate_rules=rules, clip_norm=None), stacked(), 10)
+    assert optimizer.decayed == {"blocks/each/kernel", "head/kernel"}
+    before = stacked()
+    gradients = jax.tree.map(jnp.ones_like, named_leaves(before))
+    after, _, _ = optimizer.apply(gradients, optimizer.init(before), before, jnp.asarray(0))
+    for name in ("kernel", "bias"):
+        first, second = before["blocks"]["each"][name], after["blocks"]["each"][name]
+        np.testing.assert_array_equal(second[0], first[0])
+        decay = 0.05 * first if name == "kernel" else 0.0
+        moved = np.asarray((first - second) / (1.0 + decay)).reshape(3, -1)
+        np.testing.assert_allclose(moved[1], 0.5e-4, rtol=5e-3)
+        np.testing.assert_allclose(moved[2], 1e-4, rtol=5e-3)
+
+
+@pytest.mark.parametrize("changes", [{"frozen": ("blocks/0/.*",)}, {"no_decay": (".*/bias", "blocks/2/kernel")}])
+def test_a_stack_is_frozen_and_decays_as_a_whole(changes):
+    (field,) = changes
+    with pytest.raises(UserError, match=rf"optimizer.{field} matches some layers of blocks/each/\w+, but not blocks/"):
+        make_optimizer(OptimizerConfig(**changes), stacked(), 10)
+    whole = make_optimizer(OptimizerConfig(frozen=("blocks/.*",)), stacked(), 10)
+    assert set(whole.multipliers) == {"head/kernel"}
+
+
 def test_moving_average_starts_as_the_mean_and_ends_at_its_decay():
     average = {"w": jnp.asarray(100.0)}
     for step, value in enumerate((1.0, 2.0, 6.0)):

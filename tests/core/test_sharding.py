@@ -110,6 +110,17 @@ def test_automatic_specs_split_the_largest_dimension_that_can_be():
     assert specs(params, sharding.RULES, fsdp=1) == dict.fromkeys(params, ())
 
 
+def test_a_stack_is_split_within_its_layers():
+    shapes = {"large": (128, 512), "tall": (4096, 6), "small": (128, 64), "odd": (1023, 1023)}
+    stack = {name: jax.ShapeDtypeStruct((8, *shape), jnp.float32) for name, shape in shapes.items()}
+    assert specs({"blocks": {"each": stack}}, sharding.RULES) == {
+        "blocks/each/large": (None, None, "fsdp"),
+        "blocks/each/tall": (None, "fsdp"),
+        "blocks/each/small": (),
+        "blocks/each/odd": (),
+    }
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
