@@ -200,7 +200,7 @@ class MaskDecoder(nnx.Module):
             normed = self.norm(queries)
             return normed, self._embed(normed, anchors)
 
-        def run(layers: list[DecoderLayer], carry: tuple[Array, Array], keep: list[Array | None]) -> tuple[Any, Any]:
+        def run(layers: list[DecoderLayer], carry: tuple[Array, Array], keep: list[Any]) -> tuple[Any, Any]:
             queries, embedding = carry
             found = []
             for level, layer in enumerate(layers):
