@@ -16,7 +16,7 @@ from cast_jax.core.annotations import Category
 from cast_jax.core.distributed import is_first
 from cast_jax.core.errors import UserError
 from cast_jax.core.files import atomic_write, read_json, write_json
-from cast_jax.core.rules import named_leaves
+from cast_jax.core.rules import is_stacked, layer_names, named_leaves
 from cast_jax.core.sharding import whole
 from cast_jax.models.functional import Params
 
@@ -82,10 +82,13 @@ def _load(path: Path, read: Callable[[Path], dict[str, Any]]) -> tuple[Params, d
 def merge_weights(fresh: Params, loaded: Params, parts: Sequence[str], where: str) -> Params:
     """``fresh`` with the subtrees of ``parts`` (path prefixes; empty for everything) taken from ``loaded``.
 
+    ``loaded`` may hold the layers of a stack one by one, as files did before there were stacks.
+
     Raises:
       UserError: a part has no parameters, or one of them is missing, left over or of another shape; lists all of them.
     """
-    wanted, given = named_leaves(fresh), named_leaves(loaded)
+    wanted = named_leaves(fresh)
+    given = _with_stacks(named_leaves(loaded), wanted)
     chosen = lambda name: not parts or any(_within(name, part) for part in parts)
     faults = [f"no parameters under {part}" for part in parts if not any(_within(name, part) for name in wanted)]
     faults += [f"missing {name}" for name in wanted if chosen(name) and name not in given]
@@ -101,6 +104,21 @@ def merge_weights(fresh: Params, loaded: Params, parts: Sequence[str], where: st
     return jax.tree.map_with_path(
         lambda path, leaf: given[name] if chosen(name := "/".join(key.key for key in path)) else leaf, fresh
     )
+
+
+def _with_stacks(given: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """``given``, from a file in which layers are one by one, with the stacks that are ``wanted``."""
+    given = dict(given)
+    for name in filter(is_stacked, wanted):
+        layers = layer_names(name, wanted[name].shape)
+        shapes = {given[layer].shape for layer in layers if layer in given}
+        if name in given or len(shapes) != 1 or not given.keys() >= set(layers):
+            continue
+        arrays = [given.pop(layer) for layer in layers]
+        described = isinstance(arrays[0], jax.ShapeDtypeStruct)
+        shape = (len(arrays), *shapes.pop())
+        given[name] = jax.ShapeDtypeStruct(shape, arrays[0].dtype) if described else np.stack(arrays)
+    return given
 
 
 def _within(name: str, part: str) -> bool:

@@ -14,7 +14,7 @@ from flax import nnx
 from cast_jax.convert import dinov2 as dinov2_keys
 from cast_jax.convert import dpt as dpt_keys
 from cast_jax.convert.engine import place
-from cast_jax.core.rules import layer_names
+from cast_jax.core.rules import EACH, is_stacked, layer_names, layer_shapes, named_leaves, unnamed
 
 # What --config must say so that MODEL has the tiny sizes.
 ENCODER = {"embed_dim": 24, "depth": 4, "num_heads": 2, "patch_size": 4, "position_grid": 5}
@@ -148,6 +148,19 @@ def save_torch(path: Path, content) -> Path:
     return path
 
 
+def layers_of(tree) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's parameters, of its stacks' layer by layer."""
+    return layer_shapes({name: leaf.shape for name, leaf in named_leaves(tree).items()})
+
+
+def in_stacks(arrays: dict[str, np.ndarray], like):
+    """Single layers' arrays by name, as the tree of parameters ``like``."""
+    join = lambda name, leaf: (
+        np.stack([arrays[layer] for layer in layer_names(name, leaf.shape)]) if is_stacked(name) else arrays[name]
+    )
+    return unnamed({name: join(name, leaf) for name, leaf in named_leaves(like).items()}, like)
+
+
 def pairs(ours: nnx.Module, theirs: torch.nn.Module, part: str, prefix: str = "") -> Iterator:
     """(path, our parameter, theirs, how they become ours), by the conversion's rules; of a stack one for each layer.
 
@@ -164,9 +177,9 @@ def pairs(ours: nnx.Module, theirs: torch.nn.Module, part: str, prefix: str = ""
     for path, variable, names in flat:
         found = [origins[name][0] for name in names]
 
-        def layout(values, found=found) -> np.ndarray:
+        def layout(values, found=found, path=path) -> np.ndarray:
             arrays = [origin.convert(value.numpy()) for origin, value in zip(found, values, strict=True)]
-            return arrays[0] if len(arrays) == 1 else np.stack(arrays)
+            return np.stack(arrays) if EACH in path else arrays[0]
 
         yield path, variable, [parameters[origin.key.removeprefix(prefix)] for origin in found], layout
 

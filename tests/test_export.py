@@ -98,3 +98,19 @@ def test_merge_lists_every_fault():
 def test_a_part_that_is_nowhere_is_a_fault():
     with pytest.raises(UserError, match=r"some/file: the weights do not fit the model:\n  no parameters under encodr"):
         merge_weights(params(), params(5.0), ("encodr",), "some/file")
+
+
+def test_files_with_single_layers_fill_stacks(tmp_path):
+    path = tmp_path / "last.safetensors"
+    single = params()
+    save_weights(path, single, MODEL, CATEGORIES)
+    blocks = [single["encoder"]["blocks"][str(layer)] for layer in range(2)]
+    stacked = params(1.0)
+    stacked["encoder"]["blocks"] = {"each": jax.tree.map(lambda *leaves: np.stack(leaves) + 1.0, *blocks)}
+    merged = merge_weights(stacked, load_weights(path)[0], (), "x")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b - 1.0, rtol=1e-6, atol=1e-6), merged, stacked)
+    described = merge_weights(stacked, load_shapes(path)[0], (), "x")
+    assert described["encoder"]["blocks"]["each"]["kernel"].shape == (2, 3, 4)
+    del single["encoder"]["blocks"]["1"]["bias"]
+    with pytest.raises(UserError, match="missing encoder/blocks/each/bias"):
+        merge_weights(stacked, single, (), "x")

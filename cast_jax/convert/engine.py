@@ -214,6 +214,7 @@ def write_tensors(path: Path, shapes: Shapes, arrays: Iterable[np.ndarray], befo
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays:
             file.write(array.astype("<f4", copy=False).data)
+        assert file.tell() == 8 + len(text) + end, "the arrays are not those of the header"
         file.flush()
         os.fsync(file.fileno())  # a full disk shows here, before anything of the old content has gone
         before()

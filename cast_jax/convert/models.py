@@ -21,7 +21,7 @@ from cast_jax.convert.engine import Rule, Shapes, likeness, place, placed_shapes
 from cast_jax.convert.sources import Checkpoint
 from cast_jax.core.config import build
 from cast_jax.core.errors import UserError
-from cast_jax.core.rules import layer_names, named_leaves
+from cast_jax.core.rules import layer_shapes, named_leaves
 from cast_jax.models.dinov2 import DinoV2Config, dinov2_b, dinov2_l, dinov2_s
 from cast_jax.models.dpt import DptConfig
 from cast_jax.models.functional import Functional
@@ -162,11 +162,7 @@ def stored_shapes(config: Any) -> Shapes:
 
 def parameter_shapes(config: Any) -> Shapes:
     """The same with the layers of stacks one by one, as in PyTorch's files; stored, they follow one another."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in stored_shapes(config).items():
-        layers = layer_names(name, shape)
-        shapes |= dict.fromkeys(layers, shape if layers == [name] else shape[1:])
-    return shapes
+    return layer_shapes(stored_shapes(config))
 
 
 def relatives(name: str, checkpoint: Checkpoint) -> dict[str, float]:

@@ -277,8 +277,8 @@ def _check_shapes(saved: dict[str, str], wanted: dict[str, str], path: Path) -> 
     if faults:
         shown = "\n  ".join(faults[:20]) + (f"\n  and {len(faults) - 20} more" if len(faults) > 20 else "")
         raise UserError(
-            f"{path} was saved with another configuration; use another workdir, or the configuration it was made "
-            f"with:\n  {shown}"
+            f"{path} was saved with another configuration, or by an earlier version; use another workdir, or what it "
+            f"was made with:\n  {shown}"
         )
 
 

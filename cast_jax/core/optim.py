@@ -123,15 +123,17 @@ class Optimizer:
 
     Attributes:
       schedule: step -> learning rate, before multipliers.
-      multipliers: learning-rate multiplier of each trained parameter, by path; of stacked layers that differ an array.
-      decayed: paths with weight decay.
+      multipliers, decay: learning-rate multiplier and weight decay of each trained parameter, by path; of stacked
+        layers that differ an axis of them.
+      moving: 1 for the layers that are trained and 0 for those that are frozen, of stacks that have both.
       transform: Adam's preconditioning over ``{path: gradient}``.
     """
 
     config: OptimizerConfig
     schedule: Schedule
     multipliers: dict[str, float | np.ndarray]
-    decayed: frozenset[str]
+    decay: dict[str, float | np.ndarray]
+    moving: dict[str, float | np.ndarray]
     transform: optax.GradientTransformation
 
     def split(self, params: Any) -> tuple[Named, Named]:
@@ -152,6 +154,7 @@ class Optimizer:
         Returns (params, opt_state, global norm of the gradients before they are clipped).
         """
         trained, frozen = self.split(params)
+        gradients = gradients | {name: gradients[name] * moving for name, moving in self.moving.items()}
         # Products, and one factor for all: sums and choices for each parameter take longer to compile.
         square = lambda leaf: jnp.tensordot(leaf, leaf, leaf.ndim, precision=jax.lax.Precision.HIGHEST)
         norm = jnp.sqrt(sum(map(square, gradients.values())))
@@ -162,8 +165,9 @@ class Optimizer:
         rate = self.schedule(step)
 
         def move(name: str, parameter: Array) -> Array:
-            decay = self.config.weight_decay * parameter if name in self.decayed else 0.0
-            return (parameter - rate * self.multipliers[name] * (updates[name] + decay)).astype(parameter.dtype)
+            change = updates[name] + self.decay[name] * parameter if np.any(self.decay[name]) else updates[name]
+            pace = rate * self.multipliers[name] * self.moving.get(name, 1.0)
+            return (parameter - pace * change).astype(parameter.dtype)
 
         return unnamed({name: move(name, leaf) for name, leaf in trained.items()} | frozen, params), opt_state, norm
 
@@ -177,42 +181,34 @@ def make_optimizer(config: OptimizerConfig, params: Any, steps: int) -> Optimize
     leaves = named_leaves(params)
     layers = {name: layer_names(name, leaf.shape) for name, leaf in leaves.items()}
     names = [layer for own in layers.values() for layer in own]
-    frozen = _of_arrays(match_any(config.frozen, names, "optimizer.frozen"), layers, "frozen")
-    trained = [name for name in leaves if name not in frozen]
+    frozen = match_any(config.frozen, names, "optimizer.frozen")
+    trained = [name for name in leaves if not frozen.issuperset(layers[name])]
     if not trained:
         raise UserError(f"optimizer.frozen {config.frozen} leaves nothing to train")
     # Rules are checked against all names, so that freezing an encoder does not make its multiplier rule a fault.
     multipliers = match_rules(config.learning_rate_rules, names, "optimizer.learning_rate_rules")
     patterns = NO_DECAY if config.no_decay is None else config.no_decay
     undecayed = match_any(patterns, names, "optimizer.no_decay", strict=config.no_decay is not None)
+
+    def by_layer(name: str, values: Callable[[str], float]) -> float | np.ndarray:
+        """One number for all layers of an array where theirs are the same, else an axis of them."""
+        found = [values(layer) for layer in layers[name]]
+        if len(set(found)) == 1:
+            return found[0]
+        return np.array(found, np.float32).reshape(-1, *(1,) * (leaves[name].ndim - 1))
+
     return Optimizer(
         config=config,
         schedule=make_schedule(config, steps),
-        multipliers={
-            name: _factor([float(multipliers[layer]) for layer in layers[name]], leaves[name].ndim) for name in trained
+        multipliers={name: by_layer(name, lambda layer: float(multipliers[layer])) for name in trained},
+        decay={name: by_layer(name, lambda layer: config.weight_decay * (layer not in undecayed)) for name in trained},
+        moving={
+            name: by_layer(name, lambda layer: float(layer not in frozen))
+            for name in trained
+            if not frozen.isdisjoint(layers[name])
         },
-        decayed=frozenset(set(trained) - _of_arrays(undecayed, layers, "no_decay")),
         transform=optax.scale_by_adam(config.b1, config.b2, config.eps),
     )
-
-
-def _of_arrays(chosen: set[str], layers: dict[str, list[str]], field: str) -> set[str]:
-    """The arrays whose layers are all ``chosen``; it must be all or none."""
-    for name, own in layers.items():
-        if 0 < len(chosen.intersection(own)) < len(own):
-            few = next(layer for layer in own if layer not in chosen)
-            raise UserError(
-                f"optimizer.{field} matches some layers of {name}, but not {few}: they are one array. Match all or "
-                "none; layers that are not to move can have a multiplier of 0 in optimizer.learning_rate_rules"
-            )
-    return {name for name, own in layers.items() if chosen.issuperset(own)}
-
-
-def _factor(multipliers: list[float], ndim: int) -> float | np.ndarray:
-    """One multiplier for all layers of an array where they agree, else one for each."""
-    if len(set(multipliers)) == 1:
-        return multipliers[0]
-    return np.array(multipliers, np.float32).reshape(-1, *(1,) * (ndim - 1))
 
 
 def ema_update(average: Any, params: Any, decay: float, step: Int[Array, ""]) -> Any:

@@ -195,7 +195,7 @@ def as_text(report: Mapping[str, Any]) -> str:
         "of loops once)",
         f"memory      {size(memory['total'])} of {size(memory['limit'])} a device: {size(memory['arguments'])} of "
         f"arguments, {size(memory['temporaries'])} of temporaries",
-        f"exchanged   {sent or 'nothing'} (a device; bodies of loops once)",
+        f"exchanged   {sent or 'nothing'} (a device)",
     ]
     if "seconds" in report:
         share = "no peak known" if report["mfu"] is None else f"{100 * report['mfu']:.1f} % of the peak (MFU)"

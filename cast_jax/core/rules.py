@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -19,7 +19,7 @@ Value = TypeVar("Value")
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree by path, ``{"encoder/blocks/0/bias": leaf, ...}``, in the pytree's own order."""
+    """The leaves of a pytree by path, ``{"encoder/norm/bias": leaf, ...}``, in the pytree's own order."""
     pairs = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
 
@@ -33,13 +33,28 @@ EACH = "each"
 """The part of a path that stands for all layers of a stack (``models.stack``): the array's first axis numbers them."""
 
 
+def is_stacked(name: str) -> bool:
+    """Whether a path is that of all layers of a stack, ``blocks/each/bias``."""
+    return f"/{EACH}/" in f"/{name}"
+
+
 def layer_names(name: str, shape: Sequence[int]) -> list[str]:
     """The layers' own paths: of ``blocks/each/bias``, [12, 384], ``blocks/0/bias`` to ``blocks/11/bias``.
 
-    A path that stands for itself is the only one.
+    A path that is not of a stack is the only one.
     """
-    before, each, after = f"/{name}".partition(f"/{EACH}/")
-    return [f"{before}/{layer}/{after}"[1:] for layer in range(shape[0])] if each else [name]
+    if not is_stacked(name):
+        return [name]
+    before, _, after = f"/{name}".partition(f"/{EACH}/")
+    return [f"{before}/{layer}/{after}"[1:] for layer in range(shape[0])]
+
+
+def layer_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of arrays by name, of a stack's each layer's own; those follow one another."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        found |= dict.fromkeys(layer_names(name, shape), shape[1:] if is_stacked(name) else shape)
+    return found
 
 
 def match_rules(rules: Sequence[tuple[str, Value]], names: Iterable[str], table: str) -> dict[str, Value]:

@@ -2,6 +2,7 @@
 
 Models carry no annotations. A table of (pattern, spec) says how each parameter lies on the mesh: a spec is a tuple of
 axis names (or None) per dimension, or "auto": the largest dimension that ``fsdp`` divides, small arrays replicated.
+Layers of a stack go by their own names, ``encoder/blocks/0/mlp/fc1/kernel``, and their own shapes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from jaxtyping import Array
 
 from cast_jax.core import target
 from cast_jax.core.errors import UserError
-from cast_jax.core.rules import layer_names, match_rules, named_leaves, unnamed
+from cast_jax.core.rules import is_stacked, layer_names, match_rules, named_leaves, unnamed
 
 AXES = ("data", "fsdp")
 RULES: tuple[tuple[str, Any], ...] = ((".*", "auto"),)
@@ -54,9 +55,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def param_shardings(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = RULES) -> Any:
     """A sharding for each leaf of ``params`` (arrays or shapes), in its structure. Every leaf must match a rule."""
     named = named_leaves(params)
-    specs = match_rules(rules, named, "sharding.rules")
-    found = {name: NamedSharding(mesh, _spec(name, leaf.shape, specs[name], mesh)) for name, leaf in named.items()}
-    return unnamed(found, params)
+    layers = {name: layer_names(name, leaf.shape) for name, leaf in named.items()}
+    specs = match_rules(rules, [layer for own in layers.values() for layer in own], "sharding.rules")
+
+    def spec(name: str, leaf: Any) -> PartitionSpec:
+        if not is_stacked(name):
+            return _spec(name, leaf.shape, specs[name], mesh)
+        # The axis of layers stays whole: a loop over them needs one at a time.
+        of_layers = {_spec(layer, leaf.shape[1:], specs[layer], mesh) for layer in layers[name]}
+        if len(of_layers) > 1:
+            raise UserError(f"sharding.rules: the layers of {name} are one array and must be split alike")
+        own = of_layers.pop()
+        return PartitionSpec(None, *own) if own else own
+
+    return unnamed({name: NamedSharding(mesh, spec(name, leaf)) for name, leaf in named.items()}, params)
 
 
 def like_params(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
@@ -216,7 +228,7 @@ def _spec(name: str, shape: tuple[int, ...], spec: Any, mesh: Mesh) -> Partition
     if isinstance(spec, str):
         if spec != "auto":
             raise UserError(f"sharding.rules: {spec!r} for {name}; write a tuple of axis names, or 'auto'")
-        return _automatic(shape, mesh.shape["fsdp"], stacked=len(layer_names(name, shape)) > 1)
+        return _automatic(shape, mesh.shape["fsdp"])
     if len(spec) > len(shape):
         raise UserError(f"sharding.rules: {name} has shape {shape}, but its spec {tuple(spec)} has more dimensions")
     for size, axes in zip(shape, spec, strict=False):
@@ -228,11 +240,9 @@ def _spec(name: str, shape: tuple[int, ...], spec: Any, mesh: Mesh) -> Partition
     return PartitionSpec(*spec)
 
 
-def _automatic(shape: tuple[int, ...], parts: int, stacked: bool) -> PartitionSpec:
-    """Of a ``stacked`` parameter each layer is split, not the axis of layers: a loop over them needs one at a time."""
-    own = range(1 if stacked else 0, len(shape))
-    workable = [dimension for dimension in own if shape[dimension] % parts == 0]
-    if parts == 1 or not workable or math.prod(shape[dimension] for dimension in own) < SMALL:
+def _automatic(shape: tuple[int, ...], parts: int) -> PartitionSpec:
+    workable = [dimension for dimension, size in enumerate(shape) if size % parts == 0]
+    if parts == 1 or not workable or np.prod(shape) < SMALL:
         return PartitionSpec()
     largest = max(workable, key=lambda dimension: shape[dimension])
     return PartitionSpec(*(None,) * largest, "fsdp")

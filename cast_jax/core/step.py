@@ -118,9 +118,11 @@ class TrainStep:
         everywhere = replicated(self.mesh)
         key = jax.ShapeDtypeStruct(self._step_key.shape, self._step_key.dtype, sharding=everywhere)
         jitted = jax.jit(self._step, donate_argnums=0, out_shardings=(self._shardings, everywhere, everywhere))
-        with jax.set_mesh(self.mesh), _uncollected():
-            self.traced = jitted.trace(state, frozen, batch, key)
-            self.program = self.traced.lower().compile()
+        with jax.set_mesh(self.mesh):
+            with _uncollected():
+                self.traced = jitted.trace(state, frozen, batch, key)
+                lowered = self.traced.lower()
+            self.program = lowered.compile()
         logger.info("compiling the %s step done in %.1f s", name, time.monotonic() - begin)
         _report_memory(name, memory_bytes(self.program), memory_limit())
         if jax.config.jax_debug_nans:  # type: ignore[attr-defined]
@@ -207,7 +209,7 @@ def count_images(batch: Any) -> int:
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Puts Python's garbage collector off: tracing makes a mass of objects that stay, and it goes through them all."""
+    """Without Python's garbage collector: tracing makes a mass of objects that stay, through which it goes in vain."""
     enabled = gc.isenabled()
     gc.disable()
     try:

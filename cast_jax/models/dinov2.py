@@ -227,14 +227,20 @@ class DinoV2(nnx.Module):
         if not layers or not all(0 <= layer < self.config.depth for layer in layers):
             raise ValueError(f"layers must be block numbers from 0 to {self.config.depth - 1}, got {tuple(layers)}")
 
-        def run(blocks: list[Block], tokens: Array, keys: list[Array | None]) -> tuple[Array, list[Array]]:
-            tokens = rematerialise(Block.__call__, blocks[0], tokens, keys[0], when=self.config.remat == "blocks")
-            return tokens, [tokens]
+        def run(blocks: list[Block], carry: tuple[Array, Array], given: list[Any]) -> tuple[Any, list[None]]:
+            (tokens, kept), ((slot, key),) = carry, given
+            tokens = rematerialise(Block.__call__, blocks[0], tokens, key, when=self.config.remat == "blocks")
+            return (tokens, jax.lax.dynamic_update_index_in_dim(kept, tokens, slot, 0)), [None]
 
-        depth = max(layers) + 1
+        depth, chosen = max(layers) + 1, sorted(set(layers))
+        # What is kept is carried from block to block, those of no interest in one last place.
+        slots = [chosen.index(layer) if layer in chosen else len(chosen) for layer in range(depth)]
         keys = None if rngs is None else jax.random.split(rngs.dropout(), depth)
-        _, tokens = self.blocks.scan(run, self._embed(images), keys, layers=depth)
-        return list(self.norm(tokens[jnp.array(layers)]))
+        tokens = self._embed(images)
+        kept = jnp.zeros((len(chosen) + 1, *tokens.shape), tokens.dtype)
+        (_, kept), _ = self.blocks.scan(run, (tokens, kept), (jnp.array(slots), keys), layers=depth)
+        normed = self.norm(kept[:-1])
+        return [normed[chosen.index(layer)] for layer in layers]
 
     def intermediates(self, images: Float[Array, "batch height width 3"]) -> dict[str, Array]:
         """All tokens before the blocks and, normed, after each, by name."""

@@ -22,9 +22,11 @@ def dropout(values: Float[Array, "*shape"], rate: float, key: Array | None) -> F
     return jnp.where(keep, values / (1.0 - rate), 0.0)
 
 
-def drop_path(values: Float[Array, "batch *shape"], rate: float, key: Array | None) -> Float[Array, "batch *shape"]:
+def drop_path(
+    values: Float[Array, "batch *shape"], rate: float | Float[Array, ""], key: Array | None
+) -> Float[Array, "batch *shape"]:
     """Drops whole samples of a residual branch (Huang et al., 2016); without a key the identity."""
-    if key is None or rate == 0.0:
+    if key is None or (not isinstance(rate, jax.Array) and rate == 0.0):
         return values
     keep = jax.random.bernoulli(key, 1.0 - rate, (values.shape[0],) + (1,) * (values.ndim - 1))
     return jnp.where(keep, values / (1.0 - rate), 0.0)

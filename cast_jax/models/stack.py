@@ -21,6 +21,7 @@ class Stack(nnx.Module, Generic[Layer]):
 
     def __init__(self, make: Callable[[], Layer], count: int):
         graphs, states = zip(*(nnx.split(make()) for _ in range(count)), strict=True)
+        # The name is ``core.rules.EACH``, by which rules and conversion know stacks.
         self.each: Layer = nnx.merge(graphs[0], jax.tree.map(lambda *arrays: jnp.stack(arrays), *states))
         self.count = count
 
@@ -36,28 +37,40 @@ class Stack(nnx.Module, Generic[Layer]):
         """``carry, results = body([layer, ...], carry, [given, ...])`` for ``together`` layers at a time, in turn.
 
         ``given`` is a tree of ``[layers, ...]`` arrays, of which the body sees one for each of its layers, and for each
-        it returns one result; the last turn may have fewer layers. ``layers``: run only the first.
+        it returns one result; the last turn may have fewer layers. ``layers``: run only so many, at most ``count``.
 
         Returns:
           The last carry, and the results of all layers: a tree of ``[layers, ...]`` arrays.
         """
         count = self.count if layers is None else layers
-        turns = count // together
-        graph, parameters = nnx.split(self.each)
+        parameters = self.parameters
 
         def turn(carry: Any, each: list[Any]) -> tuple[Any, list[Any]]:
             # Slices of what a loop is given would be kept for the gradient, so each layer's part is given by itself.
-            return body([nnx.merge(graph, parameters) for parameters, _ in each], carry, [given for _, given in each])
+            return body([self.layer(parameters) for parameters, _ in each], carry, [given for _, given in each])
 
         def part(index: Any) -> Any:
             return jax.tree.map(lambda array: array[index], (parameters, given))
 
-        carry, results = jax.lax.scan(
-            turn, carry, [part(slice(first, turns * together, together)) for first in range(together)]
-        )
-        join = lambda *arrays: jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
-        results = jax.tree.map(join, *results)
-        if count % together:
-            carry, rest = turn(carry, [part(number) for number in range(turns * together, count)])
-            results = jax.tree.map(lambda array, *more: jnp.concatenate([array, jnp.stack(more)]), results, *rest)
-        return carry, results
+        looped = count // together * together if count >= 2 * together else 0
+        if jax.config.jax_debug_nans:  # type: ignore[attr-defined]
+            looped = 0  # of a loop only itself could be named
+        results = []
+        if looped:
+            every = [part(slice(first, looped, together)) for first in range(together)]
+            carry, found = jax.lax.scan(turn, carry, every)
+            join = lambda *arrays: jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
+            results.append(jax.tree.map(join, *found))
+        for first in range(looped, count, together):  # a single turn, or a last one with fewer layers
+            carry, found = turn(carry, [part(number) for number in range(first, min(first + together, count))])
+            results.append(jax.tree.map(lambda *arrays: jnp.stack(arrays), *found))
+        return carry, jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *results)
+
+    @property
+    def parameters(self) -> nnx.State:
+        """Those of all layers, ``[count, ...]``."""
+        return nnx.split(self.each)[1]
+
+    def layer(self, parameters: nnx.State) -> Layer:
+        """A layer with one layer's part of :attr:`parameters`."""
+        return nnx.merge(nnx.split(self.each)[0], parameters)

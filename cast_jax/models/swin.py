@@ -21,6 +21,7 @@ from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.models.convolution import PatchEmbedding
 from cast_jax.models.layers import REMAT, LayerNorm, drop_path, rematerialise
+from cast_jax.models.stack import Stack
 from cast_jax.models.windows import attend_within, from_windows, to_windows
 
 PATCH = 4  # pixels along a side of what the first stage calls a position
@@ -156,15 +157,13 @@ def moved_regions(rows: int, columns: int, window: int, shift: int) -> Int[Array
 
 
 class Block(nnx.Module):
-    """A pre-norm transformer block; ``shift`` is how far its windows have moved down and right."""
+    """A pre-norm transformer block."""
 
     def __init__(
         self,
         features: int,
         num_heads: int,
         window: int,
-        shift: int,
-        drop_path: float,
         remat: str,
         *,
         dtype,
@@ -176,29 +175,35 @@ class Block(nnx.Module):
         self.norm2 = LayerNorm(features, epsilon=EPSILON, **options)
         self.fc1 = nnx.Linear(features, MLP_RATIO * features, **options)
         self.fc2 = nnx.Linear(MLP_RATIO * features, features, **options)
-        self.window, self.shift, self.drop_path, self.remat = window, shift, drop_path, remat
+        self.window, self.remat = window, remat
 
     def __call__(
-        self, features: Float[Array, "batch rows columns channels"], key: Array | None
+        self,
+        features: Float[Array, "batch rows columns channels"],
+        key: Array | None,
+        rate: float | Float[Array, ""],
+        *,
+        shift: int,
     ) -> Float[Array, "batch rows columns channels"]:
+        """``shift`` is how far the windows have moved down and right, ``rate`` that of drop path."""
         keys = [None] * 2 if key is None else list(jax.random.split(key))
-        features = features + drop_path(self._attend(self.norm1(features)), self.drop_path, keys[0])
+        features = features + drop_path(self._attend(self.norm1(features), shift), rate, keys[0])
         again = functools.partial(rematerialise, when=self.remat == "elementwise")
         hidden = again(lambda self, x: self.fc1(self.norm2(x)), self, features)
         branch = again(lambda self, x: self.fc2(jax.nn.gelu(x, approximate=False)), self, hidden)
-        return features + drop_path(branch, self.drop_path, keys[1])
+        return features + drop_path(branch, rate, keys[1])
 
-    def _attend(self, features: Array) -> Array:
+    def _attend(self, features: Array, shift: int) -> Array:
         """Attention within windows; the padding, zeros at the bottom and right, takes part in it."""
         height, width = features.shape[1:3]
-        if not self.shift:
+        if not shift:
             return from_windows(self.attention(to_windows(features, self.window)), height, width)
         padded = jnp.pad(features, ((0, 0), (0, -height % self.window), (0, -width % self.window), (0, 0)))
         rows, columns = padded.shape[1:3]
-        rolled = jnp.roll(padded, (-self.shift, -self.shift), axis=(1, 2))
-        regions = moved_regions(rows, columns, self.window, self.shift)
+        rolled = jnp.roll(padded, (-shift, -shift), axis=(1, 2))
+        regions = moved_regions(rows, columns, self.window, shift)
         mixed = from_windows(self.attention(to_windows(rolled, self.window), regions), rows, columns)
-        return jnp.roll(mixed, (self.shift, self.shift), axis=(1, 2))[:, :height, :width]
+        return jnp.roll(mixed, (shift, shift), axis=(1, 2))[:, :height, :width]
 
 
 class PatchMerging(nnx.Module):
@@ -224,13 +229,10 @@ class Swin(nnx.Module):
         options = {"dtype": dtype, "rngs": rngs}
         self.patch_embedding = PatchEmbedding(3, config.embed_dim, PATCH, **options)
         self.embedding_norm = LayerNorm(config.embed_dim, epsilon=EPSILON, **options)
-        rates = iter(np.linspace(0.0, config.drop_path, sum(config.depths)).tolist())
         stages, norms = [], []
         for stage, (width, depth) in enumerate(zip(config.map_widths, config.depths, strict=True)):
-            shifts = (config.window_size // 2 * (number % 2) for number in range(depth))
-            heads, window = config.num_heads[stage], config.window_size
-            blocks = [Block(width, heads, window, shift, next(rates), config.remat, **options) for shift in shifts]
-            stages.append(nnx.List(blocks))
+            sizes = width, config.num_heads[stage], config.window_size, config.remat
+            stages.append(Stack(functools.partial(Block, *sizes, **options), depth))
             learned = stage in config.learned_norms
             norms.append(LayerNorm(width, epsilon=EPSILON, use_scale=learned, use_bias=learned, **options))
         self.stages, self.output_norms = nnx.List(stages), nnx.List(norms)
@@ -259,12 +261,25 @@ class Swin(nnx.Module):
             raise ValueError(f"image sizes must be multiples of the patch size {patch}, got {height}x{width}")
         features = self.embedding_norm(self.patch_embedding(images))
         found = {"embedding": features}
+        rates = jnp.linspace(0.0, self.config.drop_path, sum(self.config.depths))
+        first = 0
         for stage, blocks in enumerate(self.stages):
-            for block in blocks:
-                key = None if rngs is None else rngs.dropout()
-                features = rematerialise(Block.__call__, block, features, key, when=self.config.remat == "blocks")
-                found[f"blocks/{len(found) - 1 - stage}"] = features
+            keys = None if rngs is None else jax.random.split(rngs.dropout(), blocks.count)
+            given = rates[first : first + blocks.count] if self.config.drop_path else None, keys
+            features, results = blocks.scan(self._run, features, given, together=2)
+            found |= {f"blocks/{first + number}": result for number, result in enumerate(results)}
+            first += blocks.count
             found[f"maps/{stage}"] = self.output_norms[stage](features)
             if stage < len(self.merging):
                 features = self.merging[stage](features)
         return found
+
+    def _run(self, blocks: list[Block], features: Array, given: list[Any]) -> tuple[Array, list[Array]]:
+        """A block whose windows lie at the map's corner, and one whose windows have moved by half their side."""
+        found = []
+        for number, (block, (rate, key)) in enumerate(zip(blocks, given, strict=True)):
+            run = functools.partial(Block.__call__, shift=self.config.window_size // 2 * number)
+            rate = 0.0 if rate is None else rate
+            features = rematerialise(run, block, features, key, rate, when=self.config.remat == "blocks")
+            found.append(features)
+        return features, found

@@ -187,7 +187,7 @@ def exchanged(repeats: int) -> list[dict[str, Any]]:
     """KiB that each of eight devices receives in an update of the demo's ``distill,smoke``, by the compiled program.
 
     Of eight labelled and eight pseudo-labelled images of two sizes, with 64 queries of either; with fsdp every array
-    that can be is split. Operations inside loops count once. The parameters' own size, and that of the images in both
+    that can be is split. The parameters' own size, and that of the images in both
     views, stand beside. ``repeats`` plays no part.
     """
     jax.config.update("jax_num_cpu_devices", 8)

@@ -110,7 +110,7 @@ def drawn(tmp_path_factory):
     """int [keys, anchors, K]: one anchor in each of eight images, each on its own device."""
     file = tmp_path_factory.mktemp("eight") / "drawn.npy"
     here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])]), "NPROC": "32"}
     command = [sys.executable, "-c", EIGHT_DEVICES, str(file)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

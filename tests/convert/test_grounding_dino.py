@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from published import save_torch, scaled
+from published import in_stacks, layers_of, save_torch, scaled
 
 from cast_jax.convert import command
 from cast_jax.convert.command import main
@@ -34,7 +34,7 @@ from cast_jax.convert.models import MODELS, described_config, family_of, known_m
 from cast_jax.convert.sources import open_checkpoint
 from cast_jax.convert.verify import _reference
 from cast_jax.core.errors import UserError
-from cast_jax.core.rules import named_leaves, unnamed
+from cast_jax.core.rules import named_leaves
 from cast_jax.export import load_weights
 from cast_jax.models.functional import Functional, count_parameters
 from cast_jax.models.hiera import HieraConfig
@@ -132,7 +132,7 @@ def convert(source, config: GroundingDinoConfig = CONFIG):
     """The parameters by name, and the configuration with what the file decides."""
     checkpoint = prepared(open_checkpoint(source), config)
     config = dataclasses.replace(config, **found(checkpoint.shapes, config))
-    wanted = {name: leaf.shape for name, leaf in named_leaves(network(config).abstract()).items()}
+    wanted = layers_of(network(config).abstract())
     origins = plan(checkpoint, rules(config), wanted, "detector")
     if checkpoint.config:
         assert all(theirs == ours for theirs, ours in facts(checkpoint.config, config).values())
@@ -145,7 +145,7 @@ def compare(converted_file, theirs: torch.nn.Module, given) -> dict[str, float]:
     model = network(config)
     with torch.no_grad():
         expected = reference_stages(theirs, config, given)
-    computed = jax.jit(model.apply)(unnamed(arrays, model.abstract()), *given)
+    computed = jax.jit(model.apply)(in_stacks(arrays, model.abstract()), *given)
     assert computed.keys() == expected.keys()
     errors = {}
     for name, value in expected.items():
@@ -393,7 +393,7 @@ def test_the_reference_has_the_parameters():
     """By the names of version 5, which are another set than the file's."""
     placement = place(reference(CONFIG).state_dict(), rules(CONFIG))
     assert placement.unmatched == []
-    assert placement.origins.keys() == named_leaves(network(CONFIG).abstract()).keys()
+    assert placement.origins.keys() == layers_of(network(CONFIG).abstract()).keys()
 
 
 @pytest.mark.parametrize(

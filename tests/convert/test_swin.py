@@ -12,13 +12,12 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from published import save_torch
+from published import in_stacks, layers_of, save_torch
 from safetensors.torch import save_file
 
 from cast_jax.convert.engine import converted, place, plan
 from cast_jax.convert.sources import open_checkpoint
 from cast_jax.convert.swin import HEADS, RULES, facts, found, layout, prepared, reference, reference_stages
-from cast_jax.core.rules import named_leaves, unnamed
 from cast_jax.models.functional import Functional, count_parameters
 from cast_jax.models.swin import Swin, SwinConfig, swin_b, swin_l, swin_s, swin_t
 
@@ -98,7 +97,7 @@ def convert(source, config: SwinConfig = CONFIG):
     """The parameters by name, and the configuration with what the file decides."""
     checkpoint = prepared(open_checkpoint(source))
     config = dataclasses.replace(config, **found(checkpoint.shapes))
-    wanted = {name: leaf.shape for name, leaf in named_leaves(network(config).abstract()).items()}
+    wanted = layers_of(network(config).abstract())
     origins = plan(checkpoint, (*RULES, *HEADS), wanted, "swin")
     assert all(theirs == ours for theirs, ours in facts(checkpoint.config, config).values())
     return dict(zip(origins, converted(checkpoint, origins), strict=True)), config
@@ -113,7 +112,7 @@ def check(converted_file, theirs: torch.nn.Module, size: tuple[int, int]) -> Non
     arrays, config = converted_file
     model = network(config)
     inputs = np.random.default_rng(3).normal(size=(2, *size, 3)).astype(np.float32)
-    computed = jax.jit(model.apply)(unnamed(arrays, model.abstract()), inputs)
+    computed = jax.jit(model.apply)(in_stacks(arrays, model.abstract()), inputs)
     with torch.no_grad():
         expected = reference_stages(theirs, as_torch(inputs))
     assert list(expected) == ["embedding", "blocks/0", "maps/0", "blocks/1", "blocks/2", "blocks/3", "maps/1",
@@ -191,7 +190,7 @@ def test_the_reference_has_the_parameters(stages):
     config = dataclasses.replace(CONFIG, learned_norms=stages)
     placement = place(reference(config).state_dict(), RULES)
     assert placement.unmatched == []
-    assert placement.origins.keys() == named_leaves(network(config).abstract()).keys()
+    assert placement.origins.keys() == layers_of(network(config).abstract()).keys()
 
 
 def test_the_reference_computes_as_hugging_face():

@@ -119,6 +119,10 @@ def test_a_stack_is_split_within_its_layers():
         "blocks/each/small": (),
         "blocks/each/odd": (),
     }
+    rules = (("blocks/./large", ("fsdp",)), (".*", ()))
+    assert specs({"blocks": {"each": stack}}, rules)["blocks/each/large"] == (None, "fsdp")
+    with pytest.raises(UserError, match="the layers of blocks/each/large are one array and must be split alike"):
+        specs({"blocks": {"each": stack}}, (("blocks/0/large", ("fsdp",)), (".*", ())))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +171,11 @@ def test_batches_on_the_mesh_pass_through_and_parameters_are_copied():
 
 def test_eight_devices_train_like_one(tmp_path):
     tests = Path(__file__).parents[1]
-    from_tests = os.environ | {"PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "JAX_PLATFORMS": "cpu"}
+    from_tests = os.environ | {
+        "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}",
+        "JAX_PLATFORMS": "cpu",
+        "NPROC": "32",
+    }
     subprocess.run([sys.executable, "-c", EIGHT_DEVICES, str(tmp_path)], check=True, env=from_tests)
     sys.path.insert(0, str(tests))
     from toy_training import run_toy

@@ -113,5 +113,5 @@ def test_a_batch_that_cannot_be_split_names_the_sizes_that_can():
 def test_eight_devices_accumulate_like_one():
     here = Path(__file__).parent
     paths = os.pathsep.join(map(str, (here, here.parent, here.parents[1])))
-    environment = os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "NPROC": "32"}
     subprocess.run([sys.executable, "-c", EIGHT_DEVICES], check=True, env=environment)

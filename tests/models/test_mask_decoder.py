@@ -144,3 +144,25 @@ def test_every_parameter_is_used():
     gradient = named_leaves(jax.jit(jax.grad(loss))(params))
     silent = [name for name, leaf in gradient.items() if not np.abs(leaf).max() > 0]
     assert silent == []
+
+
+def test_several_turns_compute_what_single_layers_do():
+    """Five layers and two levels: two turns of a loop and a layer that is left, against a loop in Python."""
+    config = MaskDecoderConfig(**SMALL | {"num_layers": 5}, num_queries=7, dropout=0.5)
+    model = decoder(config)
+    params = drawn(model.abstract(), 0.3)
+    pixel_map, pyramid = maps()
+    weights = np.random.default_rng(1).normal(size=(2, 6, 7, CLASSES + 1))
+
+    def loss(params):
+        found = model.apply(params, pixel_map, pyramid, key=jax.random.key(3))
+        return jnp.sum(found.class_logits * weights) + jnp.sum(found.last_masks() ** 2), found
+
+    graded = lambda: jax.value_and_grad(loss, has_aux=True)(params)
+    (_, looped), gradients = jax.jit(graded)()
+    with jax.debug_nans(True):  # which runs every layer by itself
+        (_, single), expected = graded()
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, (looped, gradients), (single, expected))
+    first = named_leaves(gradients)["layers/each/cross/query/kernel"]
+    assert (np.abs(first).max(axis=(1, 2)) > 1e-4).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from cast_jax.core.config import check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.models.attention import attend
 from cast_jax.models.layers import LayerNorm, rematerialise
+from cast_jax.models.stack import Stack
 
 EPSILON = 1e-12  # of every layer normalisation
 
@@ -78,7 +80,7 @@ class Bert(nnx.Module):
         self.tokens, self.positions = table(config.vocab_size), table(config.max_positions)
         self.segments = table(2)  # of which prompts only use the first
         self.embedding_norm = LayerNorm(config.hidden_dim, epsilon=EPSILON, dtype=dtype, rngs=rngs)
-        self.blocks = nnx.List([Block(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
+        self.blocks = Stack(lambda: Block(config, dtype=dtype, rngs=rngs), config.num_layers)
 
     def __call__(
         self,
@@ -89,6 +91,9 @@ class Bert(nnx.Module):
         """Encodes tokens at their ``positions``, each seeing those that ``blocks`` allows."""
         features = self.tokens(ids) + self.segments(jnp.zeros_like(ids)) + self.positions(positions)
         features = self.embedding_norm(features)
-        for block in self.blocks:
-            features = rematerialise(Block.__call__, block, (features, blocks), None, when=self.config.remat)
-        return features
+
+        def run(layers: list[Block], features: Array, _: Any) -> tuple[Array, list[None]]:
+            inputs = (features, blocks)
+            return rematerialise(Block.__call__, layers[0], inputs, None, when=self.config.remat), [None]
+
+        return self.blocks.scan(run, features)[0]

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cast_jax.models.convolution import Conv3x3, PatchEmbedding
 from cast_jax.models.layers import rematerialise
+from cast_jax.models.stack import Stack
 from cast_jax.models.swin import Swin
 from cast_jax.models.teacher.bert import Bert
 from cast_jax.models.teacher.deformable_attention import levels_of
@@ -106,10 +107,8 @@ class GroundingDino(nnx.Module):
         )
         self.level_embedding = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (config.num_levels, features)))
         sizes = (config.num_heads, config.num_levels, config.num_points)
-        self.encoder = nnx.List([
-            EncoderLayer(features, config.encoder_ffn_dim, *sizes, config.fusion_drop_path, **options)
-            for _ in range(config.encoder_layers)
-        ])  # fmt: skip
+        make = lambda: EncoderLayer(features, config.encoder_ffn_dim, *sizes, config.fusion_drop_path, **options)
+        self.encoder = Stack(make, config.encoder_layers)
         self.selection = Selection(features, config.num_queries, config.scaled_logits, **options)
         self.decoder = Decoder(
             features,
@@ -221,12 +220,16 @@ class GroundingDino(nnx.Module):
             sine(words.positions, self.config.hidden_dim, TEXT_TEMPERATURE).astype(self.dtype),
         )
         image = jnp.concatenate([level.reshape(len(level), -1, level.shape[-1]) for level in maps], axis=1)
-        scenes = [Scene(image, words.features, words.mask, levels)]
-        for layer in self.encoder:
-            inputs, key = (scenes[-1].image, scenes[-1].text, around), None if rngs is None else rngs.dropout()
-            image, features = rematerialise(EncoderLayer.__call__, layer, inputs, key, when=self.config.remat)
-            scenes.append(Scene(image, features, words.mask, levels))
-        return scenes
+
+        def run(layers: list[EncoderLayer], features: tuple[Array, Array], keys: list[Any]) -> tuple[Any, list[Any]]:
+            inputs = (*features, around)
+            features = rematerialise(EncoderLayer.__call__, layers[0], inputs, keys[0], when=self.config.remat)
+            return features, [features]
+
+        keys = None if rngs is None else jax.random.split(rngs.dropout(), self.config.encoder_layers)
+        _, encoded = self.encoder.scan(run, (image, words.features), keys)
+        before = Scene(image, words.features, words.mask, levels)
+        return [before, *(Scene(image, text, words.mask, levels) for image, text in zip(*encoded, strict=True))]
 
     def _positions(self, masks: list[Bool[Array, "batch _rows _columns"]]) -> Float[Array, "batch positions features"]:
         """Sine encodings of y and x, counted over valid positions, and the embedding of the level."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from cast_jax.models.layers import rematerialise
+from cast_jax.models.stack import Stack
 from cast_jax.models.teacher.deformable_attention import DeformableAttention, Levels
 from cast_jax.models.teacher.grounding_dino_layers import (
     Attention,
@@ -155,10 +157,10 @@ class Decoder(nnx.Module):
         sizes = (features, ffn_dim, num_heads, num_levels, num_points)
         self.queries = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (num_queries, features)))
         self.position_head = Perceptron(2 * features, features, features, rngs=rngs)
-        self.layers = nnx.List([DecoderLayer(*sizes, dtype=dtype, rngs=rngs) for _ in range(num_layers)])
+        self.layers = Stack(lambda: DecoderLayer(*sizes, dtype=dtype, rngs=rngs), num_layers)
         self.norm = layer_norm(features, dtype=dtype, rngs=rngs)
-        self.box_heads = nnx.List([box_head(features, rngs) for _ in range(1 if shared_boxes else num_layers)])
-        self.class_heads = nnx.List([TokenLogits(scaled_logits) for _ in range(1 if shared_logits else num_layers)])
+        self.box_heads = Stack(lambda: box_head(features, rngs), 1 if shared_boxes else num_layers)
+        self.class_heads = Stack(lambda: TokenLogits(scaled_logits), 1 if shared_logits else num_layers)
         self.remat, self.dtype = remat, dtype
 
     def __call__(
@@ -176,21 +178,24 @@ class Decoder(nnx.Module):
         batch, features = len(boxes), scene.image.shape[-1]
         queries = jnp.broadcast_to(self.queries[...].astype(self.dtype), (batch, *self.queries.shape))
         ratios = jnp.concatenate([scene.levels.ratios] * 2, axis=-1)[:, None]
-        boxes = jax.lax.stop_gradient(boxes)
-        logits, predicted = [], []
-        for number, layer in enumerate(self.layers):
+
+        def run(layers: list[DecoderLayer], carry: tuple[Array, ...], heads: list[Any]) -> tuple[Any, list[Any]]:
+            queries, boxes, _ = carry
             references = jax.lax.stop_gradient(boxes)
             in_maps = references[:, :, None] * ratios
             positions = self.position_head(encode_boxes(in_maps[:, :, 0], features)).astype(self.dtype)
             inputs = (queries, positions, in_maps, scene)
-            queries = rematerialise(DecoderLayer.__call__, layer, inputs, None, when=self.remat)
+            queries = rematerialise(DecoderLayer.__call__, layers[0], inputs, None, when=self.remat)
             normed = self.norm(queries)
-            correct = self.box_heads[number % len(self.box_heads)]
-            classify = self.class_heads[number % len(self.class_heads)]
-            logits.append(classify(normed, scene.text, scene.text_mask))
-            predicted.append(jax.nn.sigmoid(correct(normed) + logit(boxes)))
+            correct, classify = self.box_heads.layer(heads[0][0]), self.class_heads.layer(heads[0][1])
+            predicted = jax.nn.sigmoid(correct(normed) + logit(boxes))
             boxes = jax.nn.sigmoid(correct(queries) + logit(references))
-        return jnp.stack(logits), jnp.stack(predicted), normed
+            return (queries, boxes, normed), [(classify(normed, scene.text, scene.text_mask), predicted)]
+
+        share = lambda array: jnp.broadcast_to(array, (self.layers.count, *array.shape[1:]))
+        heads = jax.tree.map(share, (self.box_heads.parameters, self.class_heads.parameters))
+        carry, (logits, predicted) = self.layers.scan(run, (queries, jax.lax.stop_gradient(boxes), queries), heads)
+        return logits, predicted, carry[2]
 
 
 def encode_boxes(boxes: Float[Array, "*shape 4"], features: int) -> Float[Array, "*shape double"]:
