@@ -161,6 +161,14 @@ def batch_axes() -> tuple[str, ...]:
     return AXES if not mesh.empty and mesh.size > 1 else ()
 
 
+def gathered(tree: Any) -> Any:
+    """Arrays whole on every device, for as long as they are needed; of one device as they are.
+
+    Within a loop this must be said: XLA would else leave a layer's parameters split, and exchange activations instead.
+    """
+    return jax.lax.with_sharding_constraint(tree, PartitionSpec()) if batch_axes() else tree
+
+
 def on_one_cpu() -> bool:
     """Whether to compute as is fast on a CPU: image by image, which on a mesh would gather all images everywhere."""
     return target.backend() == "cpu" and not batch_axes()

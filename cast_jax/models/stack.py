@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cast_jax.core.sharding import gathered
+
 Layer = TypeVar("Layer", bound=nnx.Module)
 
 
@@ -73,4 +75,4 @@ class Stack(nnx.Module, Generic[Layer]):
 
     def layer(self, parameters: nnx.State) -> Layer:
         """A layer with one layer's part of :attr:`parameters`."""
-        return nnx.merge(nnx.split(self.each)[0], parameters)
+        return nnx.merge(nnx.split(self.each)[0], gathered(parameters))

@@ -75,6 +75,9 @@ with jax.set_mesh(mesh):
 assert collective_bytes(program) == {}, program.as_text()
 
 split, step = losses(sharding.make_mesh({"data": 2, "fsdp": 4}))
+# Parameters that are split are gathered, twice, also within loops; activations stay where they are.
+exchanged = collective_bytes(step.program)
+assert sum(exchanged.values()) < 3 * parameters + pools + 60_000, (exchanged, parameters, pools)
 assert any("fsdp" in leaf.sharding.spec for leaf in named_leaves(step.like.params).values())
 check_same(split, one)
 """
