@@ -28,8 +28,9 @@ def drop_path(
     """Drops whole samples of a residual branch (Huang et al., 2016); without a key the identity."""
     if key is None or (not isinstance(rate, jax.Array) and rate == 0.0):
         return values
-    keep = jax.random.bernoulli(key, 1.0 - rate, (values.shape[0],) + (1,) * (values.ndim - 1))
-    return jnp.where(keep, values / (1.0 - rate), 0.0)
+    share = 1.0 - rate
+    keep = jax.random.bernoulli(key, share, (values.shape[0],) + (1,) * (values.ndim - 1))
+    return jnp.where(keep, values / jnp.asarray(share, values.dtype), 0.0)
 
 
 REMAT = ("none", "elementwise", "blocks")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -91,6 +92,19 @@ def test_a_recipe_s_third_values_are_joined():
 
     updated(rows(12), 3, make_mesh({"data": 1}, jax.devices()[:1]), Seen)
     assert seen == [(12,)]
+
+
+def test_the_garbage_collector_rests_only_while_tracing():
+    seen = []
+
+    class Watching(Regression):
+        def loss_fn(self, *arguments):
+            seen.append(gc.isenabled())
+            return super().loss_fn(*arguments)
+
+    updated(rows(8), 1, make_mesh({"data": 1}), Watching)
+    assert set(seen) == {False}
+    assert gc.isenabled()
 
 
 def test_micro_batches_take_turns():

@@ -42,11 +42,13 @@ def test_one_prediction_before_and_after_every_layer(config, queries):
     assert last.dtype == outputs.class_logits.dtype == jnp.float32
 
 
-def test_half_precision_inside_float32_outside():
-    model = Functional(lambda rngs: MaskDecoder(GRID, FEATURES, CLASSES, dtype=jnp.bfloat16, rngs=rngs))
+@pytest.mark.parametrize("kind", [{"query_stride": 6}, {"num_queries": 7}])
+def test_half_precision_inside_float32_outside(kind):
+    config = MaskDecoderConfig(**SMALL | {"num_layers": 5, "dropout": 0.5} | kind)
+    model = Functional(lambda rngs: MaskDecoder(config, FEATURES, CLASSES, dtype=jnp.bfloat16, rngs=rngs))
     assert {leaf.dtype for leaf in jax.tree.leaves(model.abstract())} == {jnp.dtype("float32")}
-    outputs = jax.eval_shape(model.apply, model.abstract(), *maps())
-    assert {leaf.dtype for leaf in jax.tree.leaves(outputs)} == {jnp.dtype("float32")}
+    outputs = jax.eval_shape(lambda params: model.apply(params, *maps(), key=jax.random.key(0)), model.abstract())
+    assert outputs.class_logits.dtype == jax.eval_shape(Decoded.last_masks, outputs).dtype == jnp.float32
 
 
 def test_too_few_levels():
@@ -97,7 +99,7 @@ def test_masks_are_resized_by_their_features():
 def test_keys_outside_the_mask_are_not_read():
     """Where no query's mask lies the map may change; where one does, the change is noticed."""
     model = decoder(LEARNED)
-    params = drawn(model.abstract(), 0.3, seed=1)
+    params = drawn(model.abstract(), 0.3, seed=4)
     pixel_map, pyramid = maps(1)
     run = jax.jit(model.apply)
     before = run(params, pixel_map, pyramid)
@@ -114,7 +116,7 @@ def test_keys_outside_the_mask_are_not_read():
     assert change(int(np.argmin(allowed.any(0)))) == [0.0, 0.0, 0.0]
     changes = change(int(np.argmax(allowed.any(0))))
     assert changes[0] == 0.0  # nothing is attended to before the first layer
-    assert min(changes[1:]) > 1e-4
+    assert min(changes[1:]) > 1e-3
 
 
 def test_dropout_follows_its_key():

@@ -75,3 +75,20 @@ def test_a_program_does_not_grow_with_the_layers():
         return jax.jit(run).lower(model.abstract()).as_text().count("\n")
 
     assert instructions(40) < 1.1 * instructions(4)
+
+
+def test_a_fault_within_a_layer_is_named():
+    """A loop would hide the operation: under ``jax_debug_nans`` layers run one by one."""
+    model = Functional(lambda rngs: Net(5, rngs=rngs))
+    params = model.init(jax.random.key(0))
+
+    def traced() -> str:
+        run = lambda params: model.apply(params, jnp.ones((2, 3)), shift=jnp.arange(5.0))[0]
+        return str(jax.make_jaxpr(run)(params))
+
+    assert "scan[" in traced()
+    faulty = jax.tree.map(lambda array: array.at[3].set(jnp.inf), params)
+    with jax.debug_nans(True):
+        assert "scan[" not in traced()
+        with pytest.raises(FloatingPointError, match="encountered in sin"):
+            model.apply(faulty, jnp.ones((2, 3)), shift=jnp.arange(5.0))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from cast_jax.core.errors import UserError
 from cast_jax.models.functional import Functional
@@ -70,6 +71,35 @@ def test_drop_path_needs_a_key():
     np.testing.assert_array_equal(dropped, again)
     assert jnp.any(still != dropped)
     assert jnp.any(dropped != other)
+
+
+def test_deep_stages_train_in_bfloat16():
+    """Two turns of a loop and a block that is left, with drop path."""
+    model = network(jnp.bfloat16, depths=(5, 1, 1, 1), drop_path=0.5, remat="blocks")
+    params = random_params(model)
+
+    def loss(params):
+        (level,) = model.apply(params, IMAGES, layers=(0,), key=jax.random.key(0))
+        return jnp.sum(level.astype(jnp.float32) ** 3), level
+
+    gradient, level = jax.jit(jax.grad(loss, has_aux=True))(params)
+    assert level.dtype == jnp.bfloat16
+    moved = np.abs(gradient["stages"]["0"]["each"]["fc1"]["kernel"]).max(axis=(1, 2))
+    assert (moved > 0).all()
+    assert np.isfinite(moved).all()
+
+
+def test_drop_path_grows_from_block_to_block(monkeypatch):
+    """Branches stand for their rates here: each block adds its own twice."""
+    monkeypatch.setattr("cast_jax.models.swin.drop_path", lambda values, rate, key: jnp.zeros_like(values) + rate)
+    model = network(depths=(5, 2, 1, 1), drop_path=0.4)
+    graph, state = nnx.split(nnx.merge(model.graphdef, model._to_state(random_params(model))))
+    found = jax.jit(lambda state: nnx.merge(graph, state).intermediates(IMAGES))(state)
+    results = [found["embedding"], *(found[f"blocks/{number}"] for number in range(9))]
+    same = [number for number in range(9) if results[number].shape == results[number + 1].shape]
+    assert same == [0, 1, 2, 3, 4, 6]  # the others start from a merged map
+    added = [float(jnp.mean(results[number + 1] - results[number])) / 2 for number in same]
+    np.testing.assert_allclose(added, 0.4 * np.array(same) / 8, atol=1e-5)
 
 
 def test_regions_by_hand():

@@ -23,9 +23,9 @@ from cast_jax.models.teacher.grounding_dino_layers import MASKED_LOGIT, logit
 from cast_jax.models.teacher.text import tokens_of
 
 CONFIG = GroundingDinoConfig(
-    SwinConfig(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4), window_size=3, learned_norms=(2, 3)),
-    BertConfig(vocab_size=1040, hidden_dim=16, num_layers=1, num_heads=2, ffn_dim=24, max_positions=8, remat=True),
-    num_levels=3, hidden_dim=32, num_heads=4, num_points=2, encoder_layers=1, encoder_ffn_dim=48, decoder_layers=2,
+    SwinConfig(embed_dim=8, depths=(1, 1, 4, 1), num_heads=(1, 2, 2, 4), window_size=3, learned_norms=(2, 3)),
+    BertConfig(vocab_size=1040, hidden_dim=16, num_layers=2, num_heads=2, ffn_dim=24, max_positions=8, remat=True),
+    num_levels=3, hidden_dim=32, num_heads=4, num_points=2, encoder_layers=2, encoder_ffn_dim=48, decoder_layers=2,
     decoder_ffn_dim=40, num_queries=5, fusion_drop_path=0.2, remat=True,
 )  # fmt: skip
 TOKENS = tokens_of(np.array([[101, 200, 201, 1012, 202, 1012, 102, 0]]))
