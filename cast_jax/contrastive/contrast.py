@@ -241,12 +241,12 @@ def _make_pools(
     proposals = prepare_proposals(candidates, config.sampling_score, peers)
     terms = proposals.images.shape[0]
 
-    def one(key: PRNGKeyArray) -> tuple[Drawn, Known | None]:
-        drawn = draw_pool(jax.random.uniform(key, (terms, 3, config.num_slots)), proposals, peers)
+    def one(uniform: Float[Array, "terms 3 slots"]) -> tuple[Drawn, Known | None]:
+        drawn = draw_pool(uniform, proposals, peers)
         drawn = jax.tree.map(jnp.ravel, drawn)
         return drawn, _read(known, drawn) if peers.axes else None
 
-    drawn, mine = jax.lax.map(one, jax.random.split(key, number))
+    drawn, mine = jax.lax.map(one, jax.random.uniform(key, (number, terms, 3, config.num_slots)))
     return Pools(drawn, peers.sum(mine), total_of(proposals.images))
 
 

@@ -110,7 +110,8 @@ def contrastive_loss(
     batch, pixels = valid.shape
     image = peers.number * batch + jnp.arange(batch, dtype=jnp.int32)
     position = image[:, None] * pixels + jnp.arange(pixels, dtype=jnp.int32)
-    anchor_key, sampling_key = jax.random.split(key)
+    directions = 2 if config.symmetric else 1
+    anchor_key, *set_keys = jax.random.split(key, 1 + directions)
     anchor_keys = jax.vmap(jax.random.fold_in, (None, 0))(anchor_key, image)
     chosen, real = choose_anchors(anchor_keys, usable, config.num_anchors)
     pick = jax.vmap(lambda array, chosen: array[chosen])
@@ -123,8 +124,7 @@ def contrastive_loss(
         candidates = CandidatePixels(bank.g_hat[None], bank.valid[None], elsewhere, jnp.arange(size)[None])
 
     # Sets of candidates, one a direction; with scope "image" one an image and direction, numbered from 0 in each.
-    directions = 2 if config.symmetric else 1
-    keys = jax.random.split(sampling_key, directions)
+    keys = jnp.stack(set_keys)
     z_keys = jnp.stack([z_strong, z_weak][:directions])
     if bank is not None:
         z_keys = jnp.stack([jax.lax.stop_gradient(bank.z)[None]] * directions)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt8
 
@@ -32,19 +35,45 @@ def bilinear_sample(
 
     Equals ``torch.nn.functional.grid_sample(padding_mode="border", align_corners=False)``; booleans become float32.
     """
+    floating = jnp.issubdtype(features.dtype, jnp.floating)
+    return _sample(features, positions) if floating else _read_corners(features, positions)
+
+
+def _corners(features: Array, positions: Array, dtype: Any) -> tuple[Array, Array]:
+    """The pixels around each position, numbered row by row, and their weights: ``[4, points]``."""
     height, width, _ = features.shape
-    limit = jnp.array([height - 1, width - 1], positions.dtype)
-    position = jnp.clip(positions - 0.5, 0.0, limit)
-    low = jnp.clip(jnp.floor(position).astype(jnp.int32), 0, jnp.maximum(limit.astype(jnp.int32) - 1, 0))
-    high = jnp.minimum(low + 1, limit.astype(jnp.int32))
-    dtype = features.dtype if jnp.issubdtype(features.dtype, jnp.floating) else jnp.float32
+    limit = jnp.array([height - 1, width - 1])
+    position = jnp.clip(positions - 0.5, 0.0, limit.astype(positions.dtype))
+    low = jnp.clip(jnp.floor(position).astype(jnp.int32), 0, jnp.maximum(limit - 1, 0))
     fraction = (position - low).astype(dtype)
-    fy, fx = fraction[:, :1], fraction[:, 1:]
-    flat = features.reshape(height * width, -1)
-    read = lambda y, x: flat[y * width + x].astype(dtype)
-    top = read(low[:, 0], low[:, 1]) * (1 - fx) + read(low[:, 0], high[:, 1]) * fx
-    bottom = read(high[:, 0], low[:, 1]) * (1 - fx) + read(high[:, 0], high[:, 1]) * fx
-    return top * (1 - fy) + bottom * fy
+    (y0, x0), (y1, x1), (fy, fx) = low.T, jnp.minimum(low + 1, limit).T, fraction.T
+    pixels = [y * width + x for y in (y0, y1) for x in (x0, x1)]
+    return jnp.stack(pixels), jnp.stack([a * b for a in (1 - fy, fy) for b in (1 - fx, fx)])
+
+
+def _read_corners(features: Array, positions: Array) -> Array:
+    dtype = features.dtype if jnp.issubdtype(features.dtype, jnp.floating) else jnp.float32
+    pixels, weights = _corners(features, positions, dtype)
+    flat = features.reshape(-1, features.shape[-1])
+    return sum(flat[pixel].astype(dtype) * weight[:, None] for pixel, weight in zip(pixels, weights, strict=True))
+
+
+@jax.custom_vjp
+def _sample(features: Array, positions: Array) -> Array:
+    """With a gradient that adds up all four corners at once: XLA would do so one after the other, through memory."""
+    return _read_corners(features, positions)
+
+
+def _sample_backward(given: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    features, positions = given
+    pixels, weights = _corners(features, positions, gradient.dtype)
+    to_flat = jnp.zeros((features.shape[0] * features.shape[1], features.shape[2]), gradient.dtype)
+    to_flat = to_flat.at[pixels].add(weights[..., None] * gradient)
+    to_positions = jax.vjp(lambda positions: _read_corners(features, positions), positions)[1](gradient)[0]
+    return to_flat.reshape(features.shape), to_positions
+
+
+_sample.defvjp(lambda *given: (_read_corners(*given), given), _sample_backward)
 
 
 def pixel_centres(height: int, width: int) -> Float[Array, "pixels 2"]:

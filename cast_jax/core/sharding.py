@@ -7,10 +7,9 @@ Layers of a stack go by their own names, ``encoder/blocks/0/mlp/fc1/kernel``, an
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -191,14 +190,31 @@ def join_batches(trees: Sequence[Any]) -> Any:
 
 def split_batches(tree: Any, sizes: Sequence[int]) -> list[Any]:
     """The batches of the given sizes that ``join_batches`` put together."""
+    return [_cut(tree, sizes, start, start + 1) for start in range(len(sizes))]
+
+
+def take_batches(tree: Any, sizes: Sequence[int], which: Sequence[int]) -> Any:
+    """Of the batches that ``join_batches`` put together those numbered ``which``, joined by themselves.
+
+    Where they lie beside each other that is a slice, and nothing where they are all: compilers do not see that pieces
+    are put together as they were.
+    """
+    first, after = which[0], which[0] + len(which)
+    if list(which) == list(range(first, after)) and math.gcd(*sizes[first:after]) == math.gcd(*sizes):
+        return _cut(tree, sizes, first, after)
+    return join_batches([_cut(tree, sizes, number, number + 1) for number in which])
+
+
+def _cut(tree: Any, sizes: Sequence[int], first: int, after: int) -> Any:
+    """Neighbours among joined batches, in turns as they are."""
     turns = math.gcd(*sizes)
     stops = [size // turns for size in accumulate(sizes, initial=0)]
 
-    def cut(leaf: Array, start: int, stop: int) -> Array:
-        piece = leaf.reshape(turns, -1, *leaf.shape[1:])[:, start:stop]
+    def cut(leaf: Array) -> Array:
+        piece = leaf.reshape(turns, -1, *leaf.shape[1:])[:, stops[first] : stops[after]]
         return piece.reshape(-1, *leaf.shape[1:])
 
-    return [jax.tree.map(functools.partial(cut, start=start, stop=stop), tree) for start, stop in pairwise(stops)]
+    return tree if (first, after) == (0, len(sizes)) else jax.tree.map(cut, tree)
 
 
 def micro_batches(batch: Any, count: int, mesh: Mesh) -> Any:

@@ -14,10 +14,10 @@ from jaxtyping import Array, Float
 
 from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
+from cast_jax.core.resize import apply_matrices, interpolation_matrix
 from cast_jax.models.attention import attend
 from cast_jax.models.convolution import PatchEmbedding
 from cast_jax.models.layers import REMAT, LayerNorm, LayerScale, drop_path, dropout, rematerialise
-from cast_jax.models.resize import apply_matrices, interpolation_matrix
 from cast_jax.models.stack import Stack
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
+from cast_jax.core.resize import resize
 from cast_jax.models.convolution import Conv3x3, PatchExpansion
-from cast_jax.models.resize import resize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from cast_jax.core.config import check_ranges
+from cast_jax.core.resize import resize
 from cast_jax.models.convolution import Conv3x3
-from cast_jax.models.resize import resize
 
 SCALES = (4, 2, 1, 0.5)  # of the levels, fine to coarse, in units of the third map
 

@@ -18,9 +18,9 @@ from jaxtyping import Array, Float
 
 from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
+from cast_jax.core.resize import resize
 from cast_jax.models.attention import attend
 from cast_jax.models.layers import REMAT, LayerNorm, drop_path, rematerialise
-from cast_jax.models.resize import resize
 from cast_jax.models.windows import attend_within, from_windows, to_windows
 
 PATCH = 4  # pixels between the positions of the first stage

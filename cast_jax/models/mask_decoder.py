@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -21,7 +21,8 @@ from jaxtyping import Array, Bool, Float
 from cast_jax.core.config import check_ranges
 from cast_jax.core.decoded import Decoded
 from cast_jax.core.errors import UserError
-from cast_jax.core.geometry import bilinear_sample, pixel_centres
+from cast_jax.core.geometry import bilinear_sample, pixel_centres, scale_positions
+from cast_jax.core.resize import resize
 from cast_jax.models.attention import attend
 from cast_jax.models.layers import LayerNorm
 from cast_jax.models.stack import Stack
@@ -109,10 +110,11 @@ class DecoderLayer(nnx.Module):
         keys: Float[Array, "batch keys dim"],
         values: Float[Array, "batch keys dim"],
         allowed: Bool[Array, "batch queries keys"],
-        keep: Sequence[Bool[Array, "batch queries _"]] | None,
+        keep: Bool[Array, "batch queries _"] | None,
     ) -> Float[Array, "batch queries dim"]:
         """``keep`` is what dropout leaves: of the three branches, and of the hidden units."""
-        parts = (None,) * 4 if keep is None else keep
+        dim = queries.shape[-1]
+        parts = (None,) * 4 if keep is None else jnp.split(keep, (dim, 2 * dim, 3 * dim), axis=-1)
         drop = lambda x, part: x if part is None else jnp.where(part, x / (1.0 - self.dropout), 0.0)
         cross = self.cross(queries + query_positions, keys, values, allowed)
         queries = self.cross_norm(queries + drop(cross, parts[0]))
@@ -185,16 +187,18 @@ class MaskDecoder(nnx.Module):
         mask_features = self._mask_features(pixel_map)
         queries, positions = self._initial_queries(pixel_map, anchors)
 
+        sizes = [(source.shape[1], source.shape[2]) for source in pyramid[: config.num_levels]]
+        centres = [scale_positions(pixel_centres(*size), size, (height, width)) for size in sizes]
+        encoded = self._encode(jnp.concatenate(centres), height, width)  # of all levels at once
+        starts = list(accumulate(rows * columns for rows, columns in sizes))[:-1]
+
         keys, values, seen = [], [], []
-        for level in range(config.num_levels):
-            source = pyramid[level]
-            rows, columns = source.shape[1:3]
-            value = self.level_projections[level](source).reshape(batch, rows * columns, -1)
+        for level, positions_there in enumerate(jnp.split(encoded, starts)):
+            value = self.level_projections[level](pyramid[level]).reshape(batch, len(positions_there), -1)
             value = value + self.level_embeddings[level].astype(self.dtype)
-            scale = jnp.array([height / rows, width / columns])
-            keys.append(value + self._encode(pixel_centres(rows, columns) * scale, height, width))
+            keys.append(value + positions_there)
             values.append(value)
-            seen.append(_resize(mask_features, (rows, columns)))
+            seen.append(_resize(mask_features, sizes[level]))
 
         def read(queries: Array) -> tuple[Array, Array]:
             normed = self.norm(queries)
@@ -217,7 +221,7 @@ class MaskDecoder(nnx.Module):
         normed, embeddings = jax.tree.map(join, first, later)
         return Decoded(embeddings, mask_features, self.class_head(normed).astype(jnp.float32))
 
-    def _draw_dropout(self, batch: int, queries: int, rngs: nnx.Rngs | None) -> list[Array] | None:
+    def _draw_dropout(self, batch: int, queries: int, rngs: nnx.Rngs | None) -> Array | None:
         """What dropout keeps in the layers, ``[layers, batch, queries, _]``, of each layer's branches and hidden units.
 
         Drawn at once: a generator for each of 36 masks takes long to compile.
@@ -227,8 +231,7 @@ class MaskDecoder(nnx.Module):
             return None
         dim = config.hidden_dim
         shape = (config.num_layers, batch, queries, 3 * dim + config.ffn_dim)
-        keep = jax.random.bernoulli(rngs.dropout(), 1.0 - config.dropout, shape)
-        return jnp.split(keep, (dim, 2 * dim, 3 * dim), axis=-1)
+        return jax.random.bernoulli(rngs.dropout(), 1.0 - config.dropout, shape)
 
     def _encode(self, positions, height: int, width: int):
         """Projected sine features; learned queries see positions relative to the map, grid queries see pixels."""
@@ -289,9 +292,8 @@ class MaskDecoder(nnx.Module):
 
 def _resize(features: Float[Array, "batch h w dim"], size: tuple[int, int]) -> Float[Array, "batch keys dim"]:
     """The mask features at a level's pixels: their product there is what resized mask logits would be."""
-    shape = (features.shape[0], *size, features.shape[-1])
-    resized = jax.image.resize(jax.lax.stop_gradient(features), shape, "linear", antialias=False)
-    return resized.reshape(shape[0], -1, shape[-1])
+    resized = resize(jax.lax.stop_gradient(features), size)
+    return resized.reshape(len(features), -1, features.shape[-1])
 
 
 def _attention_mask(

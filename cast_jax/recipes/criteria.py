@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from cast_jax.core.sharding import join_batches, split_batches
@@ -34,26 +35,31 @@ class Criteria:
 
 
 def view_losses(
-    predictions: Sequence[Prediction],
-    keys: Sequence[PRNGKeyArray],
+    prediction: Prediction,
+    key: PRNGKeyArray,
     targets: Sequence[Targets],
     criteria: Criteria,
     instances: Sequence[Instances],
 ) -> list[Loss]:
-    """The loss and the terms of each view; all predictions are of one segmenter. See ``set_loss`` for ``instances``."""
-    views = list(zip(predictions, keys, targets, instances, strict=True))
-    if isinstance(predictions[0], GroundedPrediction):
+    """The loss and the terms of each view, by what is predicted of all views' images, joined as ``join_batches`` does.
+
+    See ``set_loss`` for ``instances``.
+    """
+    sizes = [len(target.labels) for target in targets]
+    if isinstance(prediction, GroundedPrediction):
+        views = zip(
+            split_batches(prediction, sizes), jax.random.split(key, len(sizes)), targets, instances, strict=True
+        )
         return [_of_detector_and_masks(*view, criteria) for view in views]
-    layers = [found.layers for found in predictions]
-    assert layers[0] is not None
-    _, number, queries, _ = layers[0].embeddings.shape
-    points = [point_keys(key, len(target.labels), number) for _, key, target, _ in views]
+    layers = prediction.layers
+    assert layers is not None
+    images, number, queries, _ = layers.embeddings.shape
     # All views of all images at once: one program to compile.
-    together = set_terms(join_batches(points), join_batches(layers), join_batches(targets), criteria.masks)
-    terms = split_batches(together, [len(target.labels) for target in targets])
+    together = set_terms(point_keys(key, images, number), layers, join_batches(targets), criteria.masks)
+    terms = split_batches(together, sizes)
     return [
         set_loss(of_view, target.valid, queries, criteria.masks, count)
-        for of_view, (_, _, target, count) in zip(terms, views, strict=True)
+        for of_view, target, count in zip(terms, targets, instances, strict=True)
     ]
 
 

@@ -23,7 +23,7 @@ from cast_jax.contrastive.peers import Peers
 from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.core.geometry import pixel_centres, unpack_masks
-from cast_jax.core.sharding import batch_axes, join_batches, split_batches
+from cast_jax.core.sharding import batch_axes, join_batches, take_batches
 from cast_jax.data.views import VIEW_NAMES
 from cast_jax.losses.detection import DetectionConfig
 from cast_jax.losses.set_criterion import CriterionConfig
@@ -73,6 +73,21 @@ class ObjectiveConfig:
                 raise UserError(f"{where}: objective.{key} {getattr(self, key)} has none of data.views {tuple(views)}")
         if self.contrastive_weight and not {"weak", "strong"} <= set(views):
             raise UserError(f"{where}: the contrastive term needs data.views ('weak', 'strong'), not {tuple(views)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What the segmenter predicts of all views of a batch, which ``join_batches`` put together."""
+
+    views: list[tuple[str, str]]
+    """(group, view) of each."""
+    sizes: list[int]
+    prediction: Prediction
+
+    def of(self, views: Sequence[tuple[str, str]], tree: Any = None) -> Any:
+        """What is predicted of some views, or of another ``tree`` of all views what belongs to them."""
+        tree = self.prediction if tree is None else tree
+        return take_batches(tree, self.sizes, [self.views.index(view) for view in views])
 
 
 class SemiSupervised:
@@ -148,11 +163,11 @@ class SemiSupervised:
         Metrics: ``loss/*`` (unweighted terms), ``pseudo_labels/*`` (kept instances an image), ``contrastive/*``.
         """
         config = self.config
-        keys = dict(zip(("dropout", "labelled", "unlabelled", "contrastive"), jax.random.split(key, 4), strict=True))
-        predictions = self._forward(params["segmenter"], batch, keys["dropout"])
+        dropout, points, draws = jax.random.split(key, 3)
+        found = self._forward(params["segmenter"], batch, dropout)
         loss = jnp.zeros(())
         metrics: Metrics = {}
-        for group, (term, terms) in self._set_losses(keys, predictions, batch, frozen.get("normalisers", {})).items():
+        for group, (term, terms) in self._set_losses(points, found, batch, frozen.get("normalisers", {})).items():
             weight, prefix = {
                 "labelled": (config.supervised_weight, "supervised"),
                 "unlabelled": (config.pseudo_label_weight, "pseudo_label"),
@@ -168,25 +183,22 @@ class SemiSupervised:
         entries: list[Entries] = []
         if config.contrastive_weight:
             bank = frozen["bank"] if self._has_bank else None
-            term, terms, *entries = self._contrastive_loss(keys["contrastive"], params, predictions, batch, bank)
+            term, terms, *entries = self._contrastive_loss(draws, params, found, batch, bank)
             loss = loss + config.contrastive_weight * term
             metrics |= terms
         return loss, metrics | {"loss/total": (loss, jnp.ones(()))}, *entries
 
-    def _forward(self, params: Params, batch: Batch, key: PRNGKeyArray) -> dict[str, dict[str, Prediction]]:
-        names = [(group, view) for group in sorted(batch) for view in VIEW_NAMES if view in batch[group]]
-        images = [view_images(batch[group][view]) for group, view in names]
+    def _forward(self, params: Params, batch: Batch, key: PRNGKeyArray) -> _Found:
+        # View by view: what is read of one view of all groups then lies together.
+        views = [(group, view) for view in VIEW_NAMES for group in sorted(batch) if view in batch[group]]
+        images = [view_images(batch[group][view]) for group, view in views]
         prompts = {}
         if self.segmenter.takes("boxes"):  # of the (pseudo-)labels
-            prompts["boxes"] = join_batches([view_boxes(batch[group][view]) for group, view in names])
+            prompts["boxes"] = join_batches([view_boxes(batch[group][view]) for group, view in views])
         prediction = self.segmenter.apply(params, join_batches(images), **prompts, key=key)
-        result: dict[str, dict[str, Prediction]] = {group: {} for group in batch}
-        parts = split_batches(prediction, [len(image) for image in images])
-        for (group, view), part in zip(names, parts, strict=True):
-            result[group][view] = part
-        return result
+        return _Found(views, [len(image) for image in images], prediction)
 
-    def _set_losses(self, keys, predictions, batch, normalisers) -> dict[str, tuple[Array, Metrics]]:
+    def _set_losses(self, key, found: _Found, batch, normalisers) -> dict[str, tuple[Array, Metrics]]:
         """Of each group that has targets the segmenter's loss, the mean over its views, and its terms.
 
         See ``set_loss`` for ``normalisers``, by group and view.
@@ -196,27 +208,25 @@ class SemiSupervised:
             "labelled": config.supervised_views if config.supervised_weight else (),
             "unlabelled": config.pseudo_label_views if config.pseudo_label_weight else (),
         }
-        views = [(group, view) for group in sorted(batch) for view in VIEW_NAMES if view in batch[group]]
-        views = [(group, view) for group, view in views if view in supervised[group]]
+        views = [(group, view) for group, view in found.views if view in supervised[group]]
         if not views:
             return {}
-        drawn = {group: dict(zip(VIEW_NAMES, jax.random.split(keys[group]), strict=True)) for group in batch}
-        found = view_losses(
-            [predictions[group][view] for group, view in views],
-            [drawn[group][view] for group, view in views],
+        of_views = view_losses(
+            found.of(views),
+            key,
             [view_targets(batch[group][view]) for group, view in views],
             Criteria(config.criterion, config.detection),
             [normalisers.get(group, {}).get(view) for group, view in views],
         )
         losses = {}
-        for group in dict(views):
-            of_group = [loss for (its, _), loss in zip(views, found, strict=True) if its == group]
+        for group in sorted(dict(views)):
+            of_group = [loss for (its, _), loss in zip(views, of_views, strict=True) if its == group]
             mean = jnp.mean(jnp.stack([loss for loss, _ in of_group]))
             losses[group] = mean, jax.tree.map(lambda *values: sum(values), *[terms for _, terms in of_group])
         return losses
 
     @jax.named_scope("contrastive")
-    def _contrastive_loss(self, key, params, predictions, batch, bank: Bank | None) -> tuple[Any, ...]:
+    def _contrastive_loss(self, key, params, found: _Found, batch, bank: Bank | None) -> tuple[Any, ...]:
         """L_pxl over all images of the batch; the strong view's pixels are the positions, weak is read beside them.
 
         Returns the loss, metrics and, with a bank, what goes into it: pixels of the strong view.
@@ -225,17 +235,13 @@ class SemiSupervised:
         groups = sorted(batch)
         join = lambda read: join_batches([read(group) for group in groups])
         image_size = batch[groups[0]]["strong"]["image"].shape[1:3]
-
-        def embed(view: str) -> Float[Array, "batch h w embedding"]:
-            features = join(lambda group: predictions[group][view].pixel_features)
-            return self.projection.apply(params["projection"], _pool(features, stride))
-
-        z_weak, z_strong = embed("weak"), embed("strong")
+        weak_views, strong_views = ([(group, view) for group in groups] for view in VIEW_NAMES)
+        z = self.projection.apply(params["projection"], _pool(found.prediction.pixel_features, stride))
+        z_weak, z_strong = found.of(weak_views, z), found.of(strong_views, z)
+        weak = found.of(weak_views)
         size = (z_strong.shape[1], z_strong.shape[2])
-        mask_logits = join(lambda group: predictions[group]["weak"].mask_logits)
-        class_logits = join(lambda group: predictions[group]["weak"].class_logits)
-        pooled = jnp.moveaxis(_pool(jnp.moveaxis(mask_logits, 1, -1), stride), -1, 1)
-        g = pseudo_probability(pooled, class_logits, config.contrastive.map)
+        pooled = jnp.moveaxis(_pool(jnp.moveaxis(weak.mask_logits, 1, -1), stride), -1, 1)
+        g = pseudo_probability(pooled, weak.class_logits, config.contrastive.map)
         read = jnp.concatenate([z_weak, g], axis=-1)
         seen, valid = correspond(
             read,

@@ -49,7 +49,7 @@ def explicit(key, config, inputs):
     z = {view: unit(inputs[view].astype(np.float64)) for view in ("z_weak", "z_strong")}
     directions = [("z_weak", "z_strong"), ("z_strong", "z_weak")][: 1 + config.symmetric]
     loss = count = wrong = known = margin = pairs = 0.0
-    set_keys = iter(jax.random.split(jax.random.split(key)[1], len(directions)))
+    set_keys = iter(jax.random.split(key, 1 + len(directions))[1:])
     if config.scope == "image":
         set_keys = (jax.random.fold_in(key, image) for key in list(set_keys) for image in range(BATCH))
     for of_anchors, of_keys in directions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -150,6 +151,20 @@ def test_explicit_rules_and_what_mirrors_them():
     found = sharding.like_params(tree, params, shardings, mesh)
     assert found["mu"]["a/kernel"].spec == PartitionSpec(("data", "fsdp"), None)
     assert found["mu"]["kernel"].spec == found["count"].spec == PartitionSpec()
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 2, 4), (1, 1, 1, 1), (3,), (2, 2, 1)])
+def test_some_of_the_joined_batches_are_these_joined(sizes):
+    """Those that lie side by side, those that do not, and those whose turns are others than all batches'."""
+    batches = [10 * number + np.arange(size) for number, size in enumerate(sizes)]
+    joined = sharding.join_batches(batches)
+    for own, part in zip(batches, sharding.split_batches(joined, sizes), strict=True):
+        np.testing.assert_array_equal(part, own)
+    numbers = range(len(sizes))
+    for which in (chosen for count in range(1, len(sizes) + 1) for chosen in itertools.combinations(numbers, count)):
+        taken = sharding.take_batches(joined, sizes, which)
+        np.testing.assert_array_equal(taken, sharding.join_batches([batches[number] for number in which]))
+    assert sharding.take_batches(joined, sizes, list(numbers)) is joined
 
 
 def test_a_batch_that_cannot_be_split_names_the_sizes_that_can():

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from toy_training import DIMENSION, TRUTH, Regression, toy_config
 
+from cast_jax.core import target
 from cast_jax.core.errors import UserError
 from cast_jax.core.sharding import check_batch_size, make_mesh, micro_batches
-from cast_jax.core.step import TrainStep
+from cast_jax.core.step import TrainStep, _compiler_options
 
 EIGHT_DEVICES = """
 import jax
@@ -105,6 +106,16 @@ def test_the_garbage_collector_rests_only_while_tracing():
     updated(rows(8), 1, make_mesh({"data": 1}), Watching)
     assert set(seen) == {False}
     assert gc.isenabled()
+
+
+def test_on_a_cpu_llvm_does_less_unless_told_otherwise(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_xnnpack=true")
+    assert _compiler_options() == {"xla_backend_optimization_level": 1}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    assert _compiler_options() == {}
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(target, "backend", lambda: "gpu")
+    assert _compiler_options() == {}
 
 
 def test_micro_batches_take_turns():

@@ -259,6 +259,8 @@ def test_points_agree_with_pixels():
     keys = jax.random.split(jax.random.key(1), 32)
     target = targets(aligned=True, ignored=0.0)
     mask_logits, class_logits = logits(0)
+    # Two instances that differ in nothing but their weights would be matched as well one way as the other.
+    target = dataclasses.replace(target, weights=jnp.ones_like(target.weights))
     whole = dataclasses.replace(target, masks=jnp.broadcast_to(target.valid[..., None, None], target.masks.shape))
     flat = np.broadcast_to(mask_logits[..., :1, :1], mask_logits.shape)
     (_, exact), _ = dense(flat, class_logits, whole)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from tiny import decoded
 
+from cast_jax.core.sharding import join_batches, split_batches
 from cast_jax.losses.detection import DetectionConfig
-from cast_jax.losses.set_criterion import CriterionConfig, Targets, set_criterion
+from cast_jax.losses.set_criterion import CriterionConfig, Targets, point_keys, set_loss, set_terms
 from cast_jax.models.segmenter import Prediction
 from cast_jax.recipes.criteria import Criteria, view_losses
 
@@ -34,14 +35,16 @@ def view(seed: int, images: int) -> tuple[Prediction, Targets]:
 
 @pytest.mark.parametrize("instances", [None, 5.0])
 def test_views_together_are_each_view_by_itself(instances):
-    """Also of unequal numbers of images, each view with points of its own key."""
-    config = CriterionConfig(num_points=40)
-    predictions, targets = zip(view(0, 2), view(1, 1), strict=True)
-    keys = list(jax.random.split(jax.random.key(3)))
+    """Also of unequal numbers of images, each image with points of its own key."""
+    config, key, sizes = CriterionConfig(num_points=40), jax.random.key(3), (2, 1)
+    predictions, targets = zip(*(view(seed, images) for seed, images in enumerate(sizes)), strict=True)
     criteria = Criteria(config, DetectionConfig())
-    together = jax.jit(lambda: view_losses(predictions, keys, targets, criteria, [instances] * 2))()
-    for (loss, terms), prediction, target, key in zip(together, predictions, targets, keys, strict=True):
-        alone, others = set_criterion(key, prediction.layers, target, config, instances)
+    joined = join_batches(predictions)
+    together = jax.jit(lambda: view_losses(joined, key, targets, criteria, [instances] * 2))()
+    keys = split_batches(point_keys(key, sum(sizes), 2), sizes)
+    for (loss, terms), prediction, target, of_view in zip(together, predictions, targets, keys, strict=True):
+        by_itself = set_terms(of_view, prediction.layers, target, config)
+        alone, others = set_loss(by_itself, target.valid, 4, config, instances)
         np.testing.assert_allclose(loss, alone, rtol=1e-5)
         jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-5), terms, others)
     assert together[0][0] != together[1][0]

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from cast_jax.core.config import check_ranges
 from cast_jax.core.errors import UserError
+from cast_jax.core.resize import resize
 from cast_jax.core.sharding import batch_axes
 from cast_jax.models.dinov2 import IMAGE_MEAN, IMAGE_STD
-from cast_jax.models.resize import resize
 from cast_jax.models.segmenter import Prediction
 from cast_jax.models.teacher.grounding_dino import Detections, GroundingDino, class_probabilities
 from cast_jax.models.teacher.grounding_dino_config import GroundingDinoConfig

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from cast_jax.core.config import check_ranges
 from cast_jax.core.errors import UserError
+from cast_jax.core.resize import resize
 from cast_jax.models import hiera
 from cast_jax.models.hiera import Hiera, HieraConfig
-from cast_jax.models.resize import resize
 from cast_jax.models.teacher.sam2_mask_decoder import Masks, Sam2MaskDecoder, Sam2MaskDecoderConfig, choose
 from cast_jax.models.teacher.sam2_prompt import NOT_A_POINT, PromptEncoder
 

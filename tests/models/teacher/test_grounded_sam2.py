@@ -12,12 +12,12 @@ from teacher_tiny import SEGMENTER, spec
 from tiny import drawn
 
 from cast_jax.core.errors import UserError
+from cast_jax.core.resize import resize
 from cast_jax.core.rules import named_leaves
 from cast_jax.models.dinov2 import IMAGE_MEAN, IMAGE_STD
 from cast_jax.models.functional import Functional, count_parameters
 from cast_jax.models.hiera import Hiera
 from cast_jax.models.registry import build_segmenter, segmenter_config
-from cast_jax.models.resize import resize
 from cast_jax.models.segmenter import Prediction, score_instances
 from cast_jax.models.swin import Swin
 from cast_jax.models.teacher.grounded_sam2 import GroundedSam2, class_logits, corners_of, jittered

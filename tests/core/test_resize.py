@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cast_jax.models.resize import apply_matrices, interpolation_matrix, resize
+from cast_jax.core.resize import apply_matrices, interpolation_matrix, resize
 
 MAPS = np.random.default_rng(0).normal(size=(2, 7, 5, 3)).astype(np.float32)
 SIZES = [(7, 5), (14, 10), (9, 13), (3, 4), (1, 2)]
