@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+
+def mask_logits(subscripts: str, embeddings: Array, features: Array) -> Array:
+    """Products of queries' embeddings with mask features, float32.
+
+    Of float32 factors no bit may be lost, as accelerators do where they are not told: a grid query's prior multiplies
+    squares of coordinates, whose differences are what tells neighbours apart.
+    """
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.einsum(subscripts, embeddings, features, precision=highest, preferred_element_type=jnp.float32)
 
 
 class Decoded(NamedTuple):
@@ -21,5 +32,4 @@ class Decoded(NamedTuple):
 
     def last_masks(self) -> Float[Array, "batch queries h w"]:
         """The final mask logits, float32."""
-        last = self.embeddings[:, -1]
-        return jnp.einsum("bqd,bhwd->bqhw", last, self.features, preferred_element_type=jnp.float32)
+        return mask_logits("bqd,bhwd->bqhw", self.embeddings[:, -1], self.features)

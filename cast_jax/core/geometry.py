@@ -40,22 +40,23 @@ def bilinear_sample(
 
 
 def _corners(features: Array, positions: Array, dtype: Any) -> tuple[Array, Array]:
-    """The pixels around each position, numbered row by row, and their weights: ``[4, points]``."""
+    """The four pixels around each position, numbered row by row, and how far on (y, x) it lies: ``[_, points]``."""
     height, width, _ = features.shape
     limit = jnp.array([height - 1, width - 1])
     position = jnp.clip(positions - 0.5, 0.0, limit.astype(positions.dtype))
     low = jnp.clip(jnp.floor(position).astype(jnp.int32), 0, jnp.maximum(limit - 1, 0))
     fraction = (position - low).astype(dtype)
-    (y0, x0), (y1, x1), (fy, fx) = low.T, jnp.minimum(low + 1, limit).T, fraction.T
-    pixels = [y * width + x for y in (y0, y1) for x in (x0, x1)]
-    return jnp.stack(pixels), jnp.stack([a * b for a in (1 - fy, fy) for b in (1 - fx, fx)])
+    (y0, x0), (y1, x1) = low.T, jnp.minimum(low + 1, limit).T
+    return jnp.stack([y * width + x for y in (y0, y1) for x in (x0, x1)]), fraction.T
 
 
 def _read_corners(features: Array, positions: Array) -> Array:
     dtype = features.dtype if jnp.issubdtype(features.dtype, jnp.floating) else jnp.float32
-    pixels, weights = _corners(features, positions, dtype)
-    flat = features.reshape(-1, features.shape[-1])
-    return sum(flat[pixel].astype(dtype) * weight[:, None] for pixel, weight in zip(pixels, weights, strict=True))
+    pixels, fraction = _corners(features, positions, dtype)
+    flat, (fy, fx) = features.reshape(-1, features.shape[-1]), fraction[..., None]
+    top_left, top_right, bottom_left, bottom_right = (flat[pixel].astype(dtype) for pixel in pixels)
+    top, bottom = top_left * (1 - fx) + top_right * fx, bottom_left * (1 - fx) + bottom_right * fx
+    return top * (1 - fy) + bottom * fy
 
 
 @jax.custom_vjp
@@ -66,7 +67,8 @@ def _sample(features: Array, positions: Array) -> Array:
 
 def _sample_backward(given: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     features, positions = given
-    pixels, weights = _corners(features, positions, gradient.dtype)
+    pixels, (fy, fx) = _corners(features, positions, gradient.dtype)
+    weights = jnp.stack([y * x for y in (1 - fy, fy) for x in (1 - fx, fx)])
     to_flat = jnp.zeros((features.shape[0] * features.shape[1], features.shape[2]), gradient.dtype)
     to_flat = to_flat.at[pixels].add(weights[..., None] * gradient)
     to_positions = jax.vjp(lambda positions: _read_corners(features, positions), positions)[1](gradient)[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -38,9 +39,10 @@ def apply_matrices(
     rows: Float[np.ndarray, "new_height height"],
     columns: Float[np.ndarray, "new_width width"],
 ) -> Float[Array, "batch new_height new_width channels"]:
-    """Multiplies the two spatial axes of maps by matrices; keeps the maps' dtype."""
-    dtype = features.dtype
-    return jnp.einsum("Yy,byxc,Xx->bYXc", jnp.asarray(rows, dtype), features, jnp.asarray(columns, dtype))
+    """Multiplies the two spatial axes of maps by matrices; keeps the maps' dtype, and of float32 every bit."""
+    dtype, highest = features.dtype, jax.lax.Precision.HIGHEST
+    matrices = jnp.asarray(rows, dtype), jnp.asarray(columns, dtype)
+    return jnp.einsum("Yy,byxc,Xx->bYXc", matrices[0], features, matrices[1], precision=highest)
 
 
 def interpolation_matrix(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from cast_jax.core.config import check_ranges
-from cast_jax.core.decoded import Decoded
+from cast_jax.core.decoded import Decoded, mask_logits
 from cast_jax.core.geometry import bilinear_sample
 from cast_jax.core.resize import resize
 from cast_jax.core.selection import nearest_to_zero
@@ -123,7 +123,7 @@ def set_terms(
         queries, matched = match_all(_matching_costs(keys[:, 0], fixed, targets, maps, config), targets.valid)
         free = by_layer(_outside_ignore(fixed, maps[1]))
     chosen = jnp.take_along_axis(by_layer(layers.embeddings), queries[..., None], axis=2)
-    masks = jnp.einsum("lbid,bhwd->lbihw", chosen, layers.features, preferred_element_type=jnp.float32)
+    masks = mask_logits("lbid,bhwd->lbihw", chosen, layers.features)
 
     def terms_of(layer: tuple[Array, ...]) -> Metrics:
         keys, masks, classes, *rest = layer
@@ -272,7 +272,7 @@ def _outside_ignore(layers: Decoded, soft_ignore: Float[Array, "batch h w"]) -> 
     """False for queries whose mask lies mostly on ignored pixels: calling them "no object" would be a false lesson."""
     # One pixel in sixteen tells where most of a mask lies.
     features, ignored = layers.features[:, ::4, ::4], soft_ignore[:, ::4, ::4]
-    logits = jnp.einsum("blqd,bhwd->blqhw", layers.embeddings, features, preferred_element_type=jnp.float32)
+    logits = mask_logits("blqd,bhwd->blqhw", layers.embeddings, features)
     probability = jax.nn.sigmoid(logits)
     inside = jnp.einsum("blqhw,bhw->blq", probability, ignored)
     return inside <= 0.5 * jnp.sum(probability, axis=(-2, -1))
@@ -294,7 +294,7 @@ def _matching_costs(
         features = jax.vmap(bilinear_sample)(layers.features, points * size)
         labels = jnp.swapaxes(jax.vmap(_sample)(targets.masks, points), 1, 2)
         care = 1.0 - jax.vmap(_sample)(targets.ignore[:, None], points)[..., 0]
-    logits = jnp.einsum("blqd,bpd->lbqp", layers.embeddings, features, preferred_element_type=jnp.float32)
+    logits = mask_logits("blqd,bpd->lbqp", layers.embeddings, features)
     of_image = jax.vmap(functools.partial(_matching_cost, config=config))
     classes = jnp.moveaxis(layers.class_logits, 1, 0)
     return jax.lax.map(lambda layer: of_image(layer[0], layer[1], targets.labels, labels, care), (logits, classes))

@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from cast_jax.core.config import check_ranges
-from cast_jax.core.decoded import Decoded
+from cast_jax.core.decoded import Decoded, mask_logits
 from cast_jax.core.errors import UserError
 from cast_jax.core.geometry import bilinear_sample, pixel_centres, scale_positions
 from cast_jax.core.resize import resize
@@ -300,5 +300,5 @@ def _attention_mask(
     embedding: Float[Array, "batch queries dim"], features: Float[Array, "batch keys dim"]
 ) -> Bool[Array, "batch queries keys"]:
     """Keys inside the predicted mask; a query whose mask is empty at this level may read everything."""
-    allowed = jnp.einsum("bqd,bkd->bqk", jax.lax.stop_gradient(embedding), features) > 0
+    allowed = mask_logits("bqd,bkd->bqk", jax.lax.stop_gradient(embedding), features) > 0
     return allowed | ~jnp.any(allowed, axis=-1, keepdims=True)

@@ -251,6 +251,7 @@ class SemiSupervised:
             valid_box_weak=join(lambda group: batch[group]["weak"]["valid_box"]),
         )
         z_seen, g_seen = jnp.split(seen, [z_weak.shape[-1]], axis=-1)
+        key, entries_key = jax.random.split(key) if bank is not None else (key, key)
         total, count, metrics = _over_devices(
             key,
             config.contrastive,
@@ -264,9 +265,8 @@ class SemiSupervised:
         result = total / jnp.maximum(count, 1.0), metrics | {"contrastive/loss": (total, count)}
         if bank is None:
             return result
-        key = jax.random.fold_in(key, 1)
         z_keys = z_strong.reshape(z_seen.shape)
-        return *result, choose_entries(key, config.contrastive, z=z_keys, g=g_seen, valid=valid)
+        return *result, choose_entries(entries_key, config.contrastive, z=z_keys, g=g_seen, valid=valid)
 
 
 def _over_devices(key: PRNGKeyArray, config: ContrastiveConfig, bank: Bank | None, **pixels: Any) -> tuple[Any, ...]:

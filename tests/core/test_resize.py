@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
+from cast_jax.core.decoded import mask_logits
 from cast_jax.core.resize import apply_matrices, interpolation_matrix, resize
 
 MAPS = np.random.default_rng(0).normal(size=(2, 7, 5, 3)).astype(np.float32)
@@ -74,3 +76,15 @@ def test_keeps_the_dtype_and_refuses_what_torch_cannot_do():
     assert resize(jax.numpy.asarray(MAPS, "bfloat16"), (9, 9)).dtype == "bfloat16"
     with pytest.raises(ValueError, match="antialias and align_corners"):
         interpolation_matrix(4, 8, antialias=True, align_corners=True)
+
+
+def test_accelerators_are_told_to_keep_every_bit():
+    """They lose some of float32 factors elsewhere, which a CPU does not show."""
+    maps, queries = jnp.ones((1, 6, 8, 4)), jnp.ones((1, 3, 4))
+    for program in (
+        jax.make_jaxpr(lambda maps: resize(maps, (3, 4), antialias=True))(maps),
+        jax.make_jaxpr(lambda queries, maps: mask_logits("bqd,bhwd->bqhw", queries, maps))(queries, maps),
+    ):
+        products = [equation for equation in program.eqns if equation.primitive.name == "dot_general"]
+        assert products
+        assert all(set(product.params["precision"]) == {jax.lax.Precision.HIGHEST} for product in products)
