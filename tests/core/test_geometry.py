@@ -30,7 +30,8 @@ def test_bilinear_sampling_is_grid_sample(size):
     weights = rng.normal(size=(40, 3)).astype(np.float32)
 
     source = torch.tensor(features, requires_grad=True)
-    grid = torch.tensor(2 * positions / np.array(size, np.float32) - 1)[:, [1, 0]]
+    places = torch.tensor(positions, requires_grad=True)
+    grid = (2 * places / torch.tensor(size) - 1)[:, [1, 0]]
     sampled = torch.nn.functional.grid_sample(
         source.permute(2, 0, 1)[None], grid[None, None], padding_mode="border", align_corners=False
     )[0, :, 0].T
@@ -38,9 +39,13 @@ def test_bilinear_sampling_is_grid_sample(size):
 
     value = jax.jit(lambda features: bilinear_sample(features, positions))
     np.testing.assert_allclose(value(features), sampled.detach(), rtol=1e-4, atol=1e-5)
-    gradient = jax.jit(jax.grad(lambda features: jnp.sum(bilinear_sample(features, positions) * weights)))(features)
+    total = lambda features, positions: jnp.sum(bilinear_sample(features, positions) * weights)
+    to_features, to_positions = jax.jit(jax.grad(total, argnums=(0, 1)))(features, positions)
     assert source.grad is not None
-    np.testing.assert_allclose(gradient, source.grad, rtol=1e-4, atol=1e-5)
+    assert places.grad is not None
+    np.testing.assert_allclose(to_features, source.grad, rtol=1e-4, atol=1e-5)
+    assert np.any(to_positions[4:])
+    np.testing.assert_allclose(to_positions[4:], places.grad[4:], rtol=1e-4, atol=1e-5)  # the first four lie on edges
 
 
 @pytest.mark.parametrize("width", [1, 7, 8, 9, 20])

@@ -111,6 +111,13 @@ def test_the_garbage_collector_rests_only_while_tracing():
 def test_on_a_cpu_llvm_does_less_unless_told_otherwise(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_xnnpack=true")
     assert _compiler_options() == {"xla_backend_optimization_level": 1}
+    with monkeypatch.context() as patched:
+        seen = []
+        patched.setattr(jax.stages.Lowered, "compile", lambda self, options=None: seen.append(options))
+        patched.setattr("cast_jax.core.step.memory_bytes", lambda program: None)
+        step = TrainStep(Regression(), optimizer=toy_config(3).optimizer, steps=3, mesh=make_mesh({"data": 1}))
+        step.compile("toy", step.like, {}, rows(8))
+        assert seen == [_compiler_options()]
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     assert _compiler_options() == {}
     monkeypatch.setenv("XLA_FLAGS", "")
