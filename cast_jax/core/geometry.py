@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -35,47 +35,66 @@ def bilinear_sample(
 
     Equals ``torch.nn.functional.grid_sample(padding_mode="border", align_corners=False)``; booleans become float32.
     """
-    floating = jnp.issubdtype(features.dtype, jnp.floating)
-    return _sample(features, positions) if floating else _read_corners(features, positions)
+    height, width, channels = features.shape
+    y, x = positions[:, 0], positions[:, 1]
+    first, steps, fy, fx = _corners(height, width, y, x)
+    return _sample(steps, jnp.reshape(features, (-1, channels)), first, fy[:, None], fx[:, None])
 
 
-def _corners(features: Array, positions: Array, dtype: Any) -> tuple[Array, Array]:
-    """The four pixels around each position, numbered row by row, and how far on (y, x) it lies: ``[_, points]``."""
-    height, width, _ = features.shape
-    limit = jnp.array([height - 1, width - 1])
-    position = jnp.clip(positions - 0.5, 0.0, limit.astype(positions.dtype))
-    low = jnp.clip(jnp.floor(position).astype(jnp.int32), 0, jnp.maximum(limit - 1, 0))
-    fraction = (position - low).astype(dtype)
-    (y0, x0), (y1, x1) = low.T, jnp.minimum(low + 1, limit).T
-    return jnp.stack([y * width + x for y in (y0, y1) for x in (x0, x1)]), fraction.T
+def sample_each(
+    maps: Float[Array, "maps height width"], y: Float[Array, "maps points"], x: Float[Array, "maps points"]
+) -> Float[Array, "maps points"]:
+    """As :func:`bilinear_sample`, each map at its own positions."""
+    number, height, width = maps.shape
+    first, steps, fy, fx = _corners(height, width, y, x)
+    first = first + jnp.arange(number)[:, None] * (height * width)
+    return _sample(steps, jnp.ravel(maps), first, fy, fx)
 
 
-def _read_corners(features: Array, positions: Array) -> Array:
-    dtype = features.dtype if jnp.issubdtype(features.dtype, jnp.floating) else jnp.float32
-    pixels, fraction = _corners(features, positions, dtype)
-    flat, (fy, fx) = features.reshape(-1, features.shape[-1]), fraction[..., None]
-    top_left, top_right, bottom_left, bottom_right = (flat[pixel].astype(dtype) for pixel in pixels)
+def _corners(height: int, width: int, y: Array, x: Array) -> tuple[Array, tuple[int, ...], Array, Array]:
+    """The number (row by row) of the pixel up and left of each position, the steps from it to the four around the
+    position, and how far on (y, x) the position lies.
+    """
+
+    def along(position: Array, length: int) -> tuple[Array, Array]:
+        position = jnp.clip(position - 0.5, 0.0, length - 1.0)
+        low = jnp.minimum(position.astype(jnp.int32), max(length - 2, 0))
+        return low, position - low
+
+    (low_y, fy), (low_x, fx) = along(y, height), along(x, width)
+    right, down = min(1, width - 1), width * min(1, height - 1)
+    return low_y * width + low_x, (0, right, down, down + right), fy, fx
+
+
+def _read(steps: tuple[int, ...], flat: Array, first: Array, fy: Array, fx: Array) -> Array:
+    dtype = flat.dtype if jnp.issubdtype(flat.dtype, jnp.floating) else jnp.float32
+    fy, fx = fy.astype(dtype), fx.astype(dtype)
+    top_left, top_right, bottom_left, bottom_right = (
+        flat.at[first + step].get(mode="clip").astype(dtype) for step in steps
+    )
     top, bottom = top_left * (1 - fx) + top_right * fx, bottom_left * (1 - fx) + bottom_right * fx
     return top * (1 - fy) + bottom * fy
 
 
-@jax.custom_vjp
-def _sample(features: Array, positions: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sample(steps: tuple[int, ...], flat: Array, first: Array, fy: Array, fx: Array) -> Array:
     """With a gradient that adds up all four corners at once: XLA would do so one after the other, through memory."""
-    return _read_corners(features, positions)
+    return _read(steps, flat, first, fy, fx)
 
 
-def _sample_backward(given: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    features, positions = given
-    pixels, (fy, fx) = _corners(features, positions, gradient.dtype)
-    weights = jnp.stack([y * x for y in (1 - fy, fy) for x in (1 - fx, fx)])
-    to_flat = jnp.zeros((features.shape[0] * features.shape[1], features.shape[2]), gradient.dtype)
-    to_flat = to_flat.at[pixels].add(weights[..., None] * gradient)
-    to_positions = jax.vjp(lambda positions: _read_corners(features, positions), positions)[1](gradient)[0]
-    return to_flat.reshape(features.shape), to_positions
+def _sample_backward(steps: tuple[int, ...], given: tuple[Array, ...], gradient: Array) -> tuple[Array | None, ...]:
+    flat, first, fy, fx = given
+    to_fractions = jax.vjp(lambda *fractions: _read(steps, flat, first, *fractions), fy, fx)[1](gradient)
+    if not jnp.issubdtype(flat.dtype, jnp.floating):
+        return None, None, *to_fractions
+    weights = [y * x for y in (1 - fy, fy) for x in (1 - fx, fx)]
+    to_flat = jnp.zeros_like(flat)
+    for step, weight in zip(steps, weights, strict=True):
+        to_flat = to_flat.at[first + step].add((weight * gradient).astype(flat.dtype), mode="drop")
+    return to_flat, None, *to_fractions
 
 
-_sample.defvjp(lambda *given: (_read_corners(*given), given), _sample_backward)
+_sample.defvjp(lambda steps, *given: (_read(steps, *given), given), _sample_backward)
 
 
 def pixel_centres(height: int, width: int) -> Float[Array, "pixels 2"]:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 
 def running_count(flags: Bool[Array, "rows n"]) -> Int[Array, "rows n"]:
     """Cumulative sum of flags along rows, by counting the bits of packed words."""
     rows, n = flags.shape
     position = jnp.arange(32, dtype=jnp.uint32)
-    bits = jnp.pad(flags, ((0, 0), (0, -n % 32))).reshape(rows, -1, 32).astype(jnp.uint32) << position
-    words = jnp.sum(bits, axis=-1, dtype=jnp.uint32)
+    words = _packed(flags)
     earlier = jnp.triu(jnp.ones((words.shape[1],) * 2, jnp.float32), 1)
     before = jax.lax.population_count(words).astype(jnp.float32) @ earlier  # at most 32 each: exact at any precision
     inside = jax.lax.population_count(words[..., None] & ((jnp.uint32(2) << position) - 1))
@@ -30,14 +29,56 @@ def nearest_to_zero(values: Float[Array, "rows n"], count: int) -> Int[Array, "r
 
     def narrow(step: Int[Array, ""], threshold: Int[Array, "rows"]) -> Int[Array, "rows"]:
         trial = threshold | (1 << (14 - step))
-        return jnp.where(jnp.sum(magnitude < trial[:, None], axis=-1) < count, trial, threshold)
+        return jnp.where(_count(magnitude < trial[:, None]) < count, trial, threshold)
 
-    threshold = jax.lax.fori_loop(0, 15, narrow, jnp.zeros(len(values), jnp.int32))[:, None]
-    magnitude, threshold = jax.lax.optimization_barrier((magnitude, threshold))
-    below, equal = magnitude < threshold, magnitude == threshold
-    after = running_count(below)
-    rank = jnp.where(below, after, after[:, -1:] + running_count(equal)) - 1
-    place = jnp.where(below | equal, rank, count)
-    where = jnp.broadcast_to(jnp.arange(values.shape[1], dtype=jnp.int32), values.shape)
-    write = lambda place, where: jnp.zeros(count, jnp.int32).at[place].set(where, mode="drop")
-    return jax.vmap(write)(place, where)
+    threshold = jax.lax.fori_loop(0, 15, narrow, jnp.zeros(len(values), jnp.int32))
+    # Only loops read the magnitudes: XLA would compute them again wherever else they were used.
+    up_to = jax.lax.map(lambda limit: _packed(magnitude < limit[:, None]), jnp.stack([threshold, threshold + 1]))
+    words = jnp.concatenate([up_to[0], up_to[1] & ~up_to[0]], axis=1)  # first those below the threshold
+    return _places(words, count) % (32 * up_to.shape[2])
+
+
+def take_rows(array: Array, where: Int[Array, "rows n"]) -> Array:
+    """``jnp.take_along_axis(array, where, axis=1)`` of a matrix; places must be real."""
+    return array.reshape(-1).at[jnp.arange(len(array))[:, None] * array.shape[1] + where].get(mode="clip")
+
+
+def _places(words: UInt32[Array, "rows words"], count: int) -> Int[Array, "rows count"]:
+    """Where the first ``count`` set bits of each row lie; there must be as many."""
+    number = jax.lax.population_count(words).astype(jnp.int32)
+    before = jnp.cumsum(number, axis=1) - number
+    slots = jnp.arange(count, dtype=jnp.int32)
+    steps = words.shape[1].bit_length()
+
+    def search(step: Int[Array, ""], word: Int[Array, "rows count"]) -> Int[Array, "rows count"]:
+        further = word + (1 << (steps - 1 - step))
+        return jnp.where((further < words.shape[1]) & (take_rows(before, further) <= slots), further, word)
+
+    word = jax.lax.fori_loop(0, steps, search, jnp.zeros((len(words), count), jnp.int32))
+    return word * 32 + _nth_bit(take_rows(words, word), slots - take_rows(before, word))
+
+
+def _packed(flags: Bool[Array, "rows n"]) -> UInt32[Array, "rows words"]:
+    """32 flags a word, from the lowest bit on."""
+    rows, n = flags.shape
+    bits = jnp.pad(flags, ((0, 0), (0, -n % 32))).reshape(rows, -1, 32)
+    return jnp.sum(bits.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
+
+
+def _count(flags: Bool[Array, "rows n"]) -> Int[Array, "rows"]:
+    """How many are set, in sums of 32: of more XLA makes passes through memory on a CPU."""
+    counts = flags.astype(jnp.int32)
+    while counts.shape[1] > 1:
+        counts = jnp.pad(counts, ((0, 0), (0, -counts.shape[1] % 32))).reshape(len(flags), -1, 32).sum(axis=-1)
+    return counts[:, 0]
+
+
+def _nth_bit(words: UInt32[Array, "*shape"], n: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
+    """Where the set bit lies before which ``n`` are set: by halves."""
+    place = jnp.zeros_like(n)
+    for half in (16, 8, 4, 2, 1):
+        lower = jax.lax.population_count(words & jnp.uint32((1 << half) - 1)).astype(jnp.int32)
+        above = n >= lower
+        n, place = jnp.where(above, n - lower, n), jnp.where(above, place + half, place)
+        words = jnp.where(above, words >> half, words)
+    return place

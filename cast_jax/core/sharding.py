@@ -8,7 +8,7 @@ Layers of a stack go by their own names, ``encoder/blocks/0/mlp/fc1/kernel``, an
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -171,6 +171,16 @@ def gathered(tree: Any) -> Any:
 def on_one_cpu() -> bool:
     """Whether to compute as is fast on a CPU: image by image, which on a mesh would gather all images everywhere."""
     return target.backend() == "cpu" and not batch_axes()
+
+
+def over_images(of_image: Callable[..., Any], *operands: Any) -> Any:
+    """``of_image`` of each image of the operands: on one CPU one after another, elsewhere side by side.
+
+    What one image needs stays in a CPU's cache; what all need together goes through memory at every operation.
+    """
+    if on_one_cpu():
+        return jax.lax.map(lambda operands: of_image(*operands), operands)
+    return jax.vmap(of_image)(*operands)
 
 
 def join_batches(trees: Sequence[Any]) -> Any:

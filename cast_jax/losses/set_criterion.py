@@ -11,13 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 from cast_jax.core.config import check_ranges
 from cast_jax.core.decoded import Decoded, mask_logits
-from cast_jax.core.geometry import bilinear_sample
+from cast_jax.core.geometry import bilinear_sample, sample_each
 from cast_jax.core.resize import resize
-from cast_jax.core.selection import nearest_to_zero
+from cast_jax.core.selection import nearest_to_zero, take_rows
+from cast_jax.core.sharding import over_images
 from cast_jax.losses.matching import match_all
 
 Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
@@ -117,21 +118,19 @@ def set_terms(
       layers, targets, config: see :func:`set_criterion`.
     """
     maps = _target_maps(targets, (layers.features.shape[1], layers.features.shape[2]))
-    fixed = jax.lax.stop_gradient(layers)
-    by_layer = lambda array: jnp.moveaxis(array, 1, 0)
     with jax.named_scope("matching"):
-        queries, matched = match_all(_matching_costs(keys[:, 0], fixed, targets, maps, config), targets.valid)
-        free = by_layer(_outside_ignore(fixed, maps[1]))
-    chosen = jnp.take_along_axis(by_layer(layers.embeddings), queries[..., None], axis=2)
-    masks = mask_logits("lbid,bhwd->lbihw", chosen, layers.features)
+        costs_of = functools.partial(_matching_costs, config=config)
+        costs, free = over_images(costs_of, keys[:, 0], jax.lax.stop_gradient(layers), targets, maps)
+        matches = match_all(jnp.swapaxes(costs, 0, 1), targets.valid)
+        queries, matched = (jnp.swapaxes(found, 0, 1) for found in matches)
+    chosen = jnp.take_along_axis(layers.embeddings, queries[..., None], axis=2)
+    masks = mask_logits("blid,bhwd->blihw", chosen, layers.features)
 
-    def terms_of(layer: tuple[Array, ...]) -> Metrics:
-        keys, masks, classes, *rest = layer
-        of_image = jax.vmap(functools.partial(_image_terms, config=config))
-        return of_image(keys, masks, classes, targets, maps, *rest)
+    def terms_of(keys, masks, class_logits, queries, matched, free, targets, maps) -> Metrics:
+        of_layer = lambda layer: _layer_terms(*layer, targets, maps, config)
+        return jax.lax.map(of_layer, (keys, masks, class_logits, queries, matched, free))
 
-    operands = (by_layer(keys[:, 1:]), masks, by_layer(layers.class_logits), queries, matched, free)
-    return jax.tree.map(jnp.transpose, jax.lax.map(terms_of, operands))
+    return over_images(terms_of, keys[:, 1:], masks, layers.class_logits, queries, matched, free, targets, maps)
 
 
 def set_loss(
@@ -185,8 +184,8 @@ def prompted_mask_loss(
     mask_logits = mask_logits.astype(jnp.float32)
     height, width = mask_logits.shape[-2:]
     maps = _target_maps(targets, (height, width))
-    terms_of = jax.vmap(functools.partial(_mask_terms, config=config))
-    bce, dice = terms_of(jax.random.split(key, len(mask_logits)), mask_logits, targets, maps)
+    terms_of = functools.partial(_mask_terms, config=config)
+    bce, dice = over_images(terms_of, jax.random.split(key, len(mask_logits)), mask_logits, targets, maps)
     terms = {"mask": bce, "dice": dice, "iou": jnp.abs(iou - _true_iou(mask_logits, *maps))}
     found = jnp.sum(targets.valid).astype(jnp.float32)
     divisor = found if instances is None else instances
@@ -229,7 +228,7 @@ def _shrink(maps: Bool[Array, "*batch height width"], size: tuple[int, int]) -> 
     return resize(flat, size, antialias=True).reshape(*maps.shape[:-2], *size)
 
 
-def _image_terms(key, mask_logits, class_logits, targets: Targets, maps, query, matched, free, config) -> Metrics:
+def _layer_terms(key, mask_logits, class_logits, query, matched, free, targets: Targets, maps, config) -> Metrics:
     """Loss terms of one image in one layer: masks of each instance's matched query, classes of all queries.
 
     ``free`` is False for queries that are not to be called "no object".
@@ -260,94 +259,96 @@ def _mask_terms(key, logits, targets: Targets, maps, config) -> tuple[Array, Arr
         logits = logits.reshape(len(logits), -1)
         care = jnp.broadcast_to(1.0 - soft_ignore.reshape(1, -1), logits.shape)
     else:
-        points = jax.lax.stop_gradient(_uncertain_points(key, logits, config))
-        logits = _sample_each(logits, points)
-        labels = _sample_each(targets.masks, points)
-        care = 1.0 - jax.vmap(lambda points: _sample(targets.ignore[None], points)[:, 0])(points)
-    bce = jnp.sum(_binary_cross_entropy(logits, labels) * care, -1) / jnp.maximum(jnp.sum(care, -1), 1.0)
-    return bce, _dice_loss(logits, labels, care)
+        points = _uncertain_points(key, jax.lax.stop_gradient(logits), config)
+        return _point_terms(points, logits, targets.masks, targets.ignore)
+    return _bce_and_dice(logits, labels, care)
 
 
-def _outside_ignore(layers: Decoded, soft_ignore: Float[Array, "batch h w"]) -> Bool[Array, "batch layers queries"]:
-    """False for queries whose mask lies mostly on ignored pixels: calling them "no object" would be a false lesson."""
-    # One pixel in sixteen tells where most of a mask lies.
-    features, ignored = layers.features[:, ::4, ::4], soft_ignore[:, ::4, ::4]
-    logits = mask_logits("blqd,bhwd->blqhw", layers.embeddings, features)
-    probability = jax.nn.sigmoid(logits)
-    inside = jnp.einsum("blqhw,bhw->blq", probability, ignored)
-    return inside <= 0.5 * jnp.sum(probability, axis=(-2, -1))
+@jax.checkpoint  # reading again costs less than keeping what was read
+def _point_terms(points, logits, masks, ignore) -> tuple[Array, Array]:
+    care = 1.0 - _sample(ignore[None], points.reshape(1, -1)).reshape(points.shape)
+    return _bce_and_dice(_sample(logits, points), _sample(masks, points), care)
 
 
 def _matching_costs(
-    keys: PRNGKeyArray, layers: Decoded, targets: Targets, maps: tuple[Array, Array], config: CriterionConfig
-) -> Float[Array, "layers batch queries instances"]:
-    """The same costs as the loss, on one set of points for all pairs of an image; no gradient."""
+    key: PRNGKeyArray, layers: Decoded, targets: Targets, maps: tuple[Array, Array], config: CriterionConfig
+) -> tuple[Float[Array, "layers queries instances"], Bool[Array, "layers queries"]]:
+    """The same costs as the loss, on one set of points for all pairs of an image; no gradient.
+
+    With them False for queries whose mask lies mostly on ignored pixels: calling them "no object" would be a false
+    lesson.
+    """
     soft_masks, soft_ignore = maps
     if config.num_points is None:
-        flat = lambda maps, axis: maps.reshape(*maps.shape[:axis], -1, *maps.shape[axis + 2 :])
-        features = flat(layers.features[:, ::2, ::2], 1)
-        labels, care = flat(soft_masks[:, :, ::2, ::2], 2), 1.0 - flat(soft_ignore[:, ::2, ::2], 1)
+        features = layers.features[::2, ::2].reshape(-1, layers.features.shape[-1])
+        labels, ignored = soft_masks[:, ::2, ::2].reshape(len(soft_masks), -1), soft_ignore[::2, ::2].reshape(-1)
     else:
-        shape = (config.num_points,)
-        points = jax.vmap(lambda key: _uniform_points(key, shape))(keys)
-        size = jnp.array(layers.features.shape[1:3], points.dtype)
-        features = jax.vmap(bilinear_sample)(layers.features, points * size)
-        labels = jnp.swapaxes(jax.vmap(_sample)(targets.masks, points), 1, 2)
-        care = 1.0 - jax.vmap(_sample)(targets.ignore[:, None], points)[..., 0]
-    logits = mask_logits("blqd,bpd->lbqp", layers.embeddings, features)
-    of_image = jax.vmap(functools.partial(_matching_cost, config=config))
-    classes = jnp.moveaxis(layers.class_logits, 1, 0)
-    return jax.lax.map(lambda layer: of_image(layer[0], layer[1], targets.labels, labels, care), (logits, classes))
+        points = _uniform_points(key, (1, config.num_points))
+        y, x = _positions(points, layers.features.shape[:2])
+        features = bilinear_sample(layers.features, jnp.stack([y[0], x[0]], axis=-1))
+        labels = _sample(targets.masks, jnp.broadcast_to(points, (len(targets.masks), config.num_points)))
+        ignored = _sample(targets.ignore[None], points)[0]
+    # One pixel in sixteen tells where most of a mask lies.
+    seldom = layers.features[::4, ::4].reshape(-1, layers.features.shape[-1])
+    care, seldom_ignored = 1.0 - ignored, soft_ignore[::4, ::4].reshape(-1)
+
+    def of_layer(layer: tuple[Array, Array]) -> tuple[Array, Array]:
+        embeddings, class_logits = layer
+        logits = mask_logits("qd,pd->qp", embeddings, features)
+        cost = _matching_cost(logits, class_logits, targets.labels, labels, care, config)
+        probability = jax.nn.sigmoid(mask_logits("qd,pd->qp", embeddings, seldom))
+        return cost, probability @ seldom_ignored <= 0.5 * jnp.sum(probability, axis=-1)
+
+    return jax.lax.map(of_layer, (layers.embeddings, layers.class_logits))
 
 
 def _matching_cost(logits, class_logits, classes, labels, care, config) -> Float[Array, "queries instances"]:
     """Of one image in one layer: mask logits ``[queries, points]`` against labels ``[instances, points]``."""
     class_cost = -jax.nn.softmax(class_logits)[:, classes]
+    labels = labels * care
     # softplus(x) - x y is the cross-entropy; split so that pairs are one matrix product.
-    mask_cost = (jnp.sum(jax.nn.softplus(logits) * care, -1)[:, None] - (logits * care) @ labels.T) / jnp.maximum(
-        jnp.sum(care), 1.0
-    )
-    probability = jax.nn.sigmoid(logits) * care
-    overlap = 2.0 * probability @ labels.T
-    size = jnp.sum(probability, -1)[:, None] + jnp.sum(labels * care, -1)[None]
-    dice_cost = 1.0 - (overlap + 1.0) / (size + 1.0)
+    mask_cost = ((jax.nn.softplus(logits) @ care)[:, None] - logits @ labels.T) / jnp.maximum(jnp.sum(care), 1.0)
+    probability = jax.nn.sigmoid(logits)
+    size = (probability @ care)[:, None] + jnp.sum(labels, -1)[None]
+    dice_cost = 1.0 - (2.0 * (probability @ labels.T) + 1.0) / (size + 1.0)
     return config.class_weight * class_cost + config.mask_weight * mask_cost + config.dice_weight * dice_cost
 
 
-def _binary_cross_entropy(logits, labels):
-    return jax.nn.softplus(logits) - logits * labels
-
-
-def _dice_loss(logits, labels, care):
+def _bce_and_dice(logits, labels, care) -> tuple[Array, Array]:
+    """Of each row of logits: cross-entropy and dice, where ``care`` is 1."""
+    cross_entropy = jax.nn.softplus(logits) - logits * labels
+    bce = jnp.sum(cross_entropy * care, -1) / jnp.maximum(jnp.sum(care, -1), 1.0)
     probability = jax.nn.sigmoid(logits) * care
     overlap = 2.0 * jnp.sum(probability * labels, -1)
-    return 1.0 - (overlap + 1.0) / (jnp.sum(probability, -1) + jnp.sum(labels * care, -1) + 1.0)
+    return bce, 1.0 - (overlap + 1.0) / (jnp.sum(probability, -1) + jnp.sum(labels * care, -1) + 1.0)
 
 
-def _sample(maps: Float[Array, "maps h w"], points: Float[Array, "points 2"]) -> Float[Array, "points maps"]:
-    """Reads every map at the same relative (y, x) points in [0, 1]."""
-    height, width = maps.shape[-2:]
-    return bilinear_sample(jnp.moveaxis(maps, 0, -1), points * jnp.array([height, width], points.dtype))
+def _sample(
+    maps: Float[Array, "maps h w"], points: UInt32[Array, "maps points"]
+) -> Float[Array, "maps points"]:
+    """Reads each map at its own points."""
+    return sample_each(maps, *_positions(points, maps.shape[1:]))
 
 
-def _sample_each(maps: Float[Array, "maps h w"], points: Float[Array, "maps points 2"]) -> Float[Array, "maps points"]:
-    """Reads each map at its own relative points."""
-    return jax.vmap(lambda one, where: _sample(one[None], where)[:, 0])(maps, points)
-
-
-def _uncertain_points(key, logits: Float[Array, "maps h w"], config: CriterionConfig) -> Float[Array, "maps points 2"]:
+def _uncertain_points(key, logits: Float[Array, "maps h w"], config: CriterionConfig) -> UInt32[Array, "maps points"]:
     """PointRend's importance sampling: most uncertain of an oversampled uniform set, topped up uniformly."""
     assert config.num_points is not None
     num_candidates = int(config.num_points * config.oversample)
     num_uncertain = int(config.num_points * config.importance)
     drawn = _uniform_points(key, (logits.shape[0], num_candidates + config.num_points - num_uncertain))
     candidates, uniform = jnp.split(drawn, [num_candidates], axis=1)
-    best = nearest_to_zero(_sample_each(jax.lax.stop_gradient(logits), candidates), num_uncertain)
-    uncertain = jnp.take_along_axis(candidates, best[..., None], axis=1)
-    return jnp.concatenate([uncertain, uniform], axis=1)
+    best = nearest_to_zero(_sample(logits, candidates), num_uncertain)
+    return jnp.concatenate([take_rows(candidates, best), uniform], axis=1)
 
 
-def _uniform_points(key, shape: tuple[int, ...]) -> Float[Array, "*shape 2"]:
-    """Points in the unit square, 16 bits a coordinate: more would cost a second random number."""
-    bits = jax.random.bits(key, shape, jnp.uint32)
-    return jnp.stack([bits >> 16, bits & 0xFFFF], axis=-1).astype(jnp.float32) / 2.0**16
+def _uniform_points(key, shape: tuple[int, ...]) -> UInt32[Array, "*shape"]:
+    """Points of the unit square, 16 bits a coordinate: more would cost a second random number."""
+    return jax.random.bits(key, shape, jnp.uint32)
+
+
+def _positions(points: UInt32[Array, "*shape"], size: tuple[int, ...]) -> tuple[Array, Array]:
+    """The points' (y, x) on a map of ``size``."""
+    height, width = size
+    return (points >> 16).astype(jnp.float32) * (height / 2.0**16), (points & 0xFFFF).astype(jnp.float32) * (
+        width / 2.0**16
+    )

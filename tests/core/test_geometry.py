@@ -15,6 +15,7 @@ from cast_jax.core.geometry import (
     inside_box,
     mask_boxes,
     pixel_centres,
+    sample_each,
     scale_positions,
     unpack_masks,
 )
@@ -46,6 +47,20 @@ def test_bilinear_sampling_is_grid_sample(size):
     np.testing.assert_allclose(to_features, source.grad, rtol=1e-4, atol=1e-5)
     assert np.any(to_positions[4:])
     np.testing.assert_allclose(to_positions[4:], places.grad[4:], rtol=1e-4, atol=1e-5)  # the first four lie on edges
+
+
+@pytest.mark.parametrize("size", [(5, 7), (1, 6), (4, 1), (1, 1)])
+def test_each_map_is_read_at_its_own_positions(size):
+    """As one map is at a time, with the gradient; flags count as numbers."""
+    rng = np.random.default_rng(1)
+    maps = rng.normal(size=(3, *size)).astype(np.float32)
+    y, x, weights = rng.uniform(-2, 9, (3, 3, 40)).astype(np.float32)
+    alone = lambda one, y, x: bilinear_sample(one[..., None], jnp.stack([y, x], axis=-1))[:, 0]
+    np.testing.assert_allclose(sample_each(maps, y, x), jax.vmap(alone)(maps, y, x), rtol=1e-6)
+    np.testing.assert_array_equal(sample_each(maps > 0, y, x), sample_each((maps > 0).astype(np.float32), y, x))
+    gradient = lambda read: jax.grad(lambda *given: jnp.sum(read(*given) * weights), (0, 1, 2))(maps, y, x)
+    for found, expected in zip(gradient(sample_each), gradient(jax.vmap(alone)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [1, 7, 8, 9, 20])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cast_jax.core.selection import nearest_to_zero, running_count
+from cast_jax.core.selection import nearest_to_zero, running_count, take_rows
 
 
 @pytest.mark.parametrize("length", [1, 31, 64, 1000])
@@ -25,3 +25,9 @@ def test_the_nearest_to_zero(count):
     expected = np.sort(np.argsort(cut, axis=1, kind="stable")[:, :count], axis=1)
     found = jax.jit(nearest_to_zero, static_argnums=1)(values, count)
     np.testing.assert_array_equal(np.sort(found, axis=1), expected)
+
+
+def test_rows_are_taken_apart():
+    values = np.random.default_rng(2).normal(size=(3, 50)).astype(np.float32)
+    where = np.random.default_rng(3).integers(0, 50, (3, 20))
+    np.testing.assert_array_equal(take_rows(jnp.asarray(values), where), np.take_along_axis(values, where, axis=1))
