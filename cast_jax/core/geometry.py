@@ -69,9 +69,8 @@ def _corners(height: int, width: int, y: Array, x: Array) -> tuple[Array, tuple[
 def _read(steps: tuple[int, ...], flat: Array, first: Array, fy: Array, fx: Array) -> Array:
     dtype = flat.dtype if jnp.issubdtype(flat.dtype, jnp.floating) else jnp.float32
     fy, fx = fy.astype(dtype), fx.astype(dtype)
-    top_left, top_right, bottom_left, bottom_right = (
-        flat.at[first + step].get(mode="clip").astype(dtype) for step in steps
-    )
+    corners = (jnp.asarray(flat).at[first + step].get(mode="clip").astype(dtype) for step in steps)
+    top_left, top_right, bottom_left, bottom_right = corners
     top, bottom = top_left * (1 - fx) + top_right * fx, bottom_left * (1 - fx) + bottom_right * fx
     return top * (1 - fy) + bottom * fy
 

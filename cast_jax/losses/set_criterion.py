@@ -127,8 +127,9 @@ def set_terms(
     masks = mask_logits("blid,bhwd->blihw", chosen, layers.features)
 
     def terms_of(keys, masks, class_logits, queries, matched, free, targets, maps) -> Metrics:
-        of_layer = lambda layer: _layer_terms(*layer, targets, maps, config)
-        return jax.lax.map(of_layer, (keys, masks, class_logits, queries, matched, free))
+        of_layer = functools.partial(_layer_terms, targets=targets, maps=maps, config=config)
+        layers = (keys, masks, class_logits, queries, matched, free)
+        return jax.lax.map(lambda layer: of_layer(*layer), layers)
 
     return over_images(terms_of, keys[:, 1:], masks, layers.class_logits, queries, matched, free, targets, maps)
 
@@ -323,9 +324,7 @@ def _bce_and_dice(logits, labels, care) -> tuple[Array, Array]:
     return bce, 1.0 - (overlap + 1.0) / (jnp.sum(probability, -1) + jnp.sum(labels * care, -1) + 1.0)
 
 
-def _sample(
-    maps: Float[Array, "maps h w"], points: UInt32[Array, "maps points"]
-) -> Float[Array, "maps points"]:
+def _sample(maps: Float[Array, "maps h w"], points: UInt32[Array, "maps points"]) -> Float[Array, "maps points"]:
     """Reads each map at its own points."""
     return sample_each(maps, *_positions(points, maps.shape[1:]))
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.models.convolution import Conv3x3
-from cast_jax.models.layers import rematerialise
+from cast_jax.models.layers import Linear, rematerialise
 
 EXPANSION = 4  # a block's outputs in units of its inner width
 
@@ -114,7 +114,7 @@ class Bottleneck(nnx.Module):
 
     def __init__(self, in_features: int, width: int, stride: int, *, dtype, rngs: nnx.Rngs):
         out_features = EXPANSION * width
-        pointwise = lambda inputs, outputs: nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, rngs=rngs)
+        pointwise = lambda inputs, outputs: Linear(inputs, outputs, use_bias=False, dtype=dtype, rngs=rngs)
         norm = lambda features: ChannelAffine(features, dtype=dtype)
         self.conv1, self.norm1 = pointwise(in_features, width), norm(width)
         self.conv2 = Conv3x3(width, width, stride=stride, use_bias=False, dtype=dtype, rngs=rngs)

@@ -17,7 +17,7 @@ from cast_jax.core.errors import UserError
 from cast_jax.core.resize import apply_matrices, interpolation_matrix
 from cast_jax.models.attention import attend
 from cast_jax.models.convolution import PatchEmbedding
-from cast_jax.models.layers import REMAT, LayerNorm, LayerScale, drop_path, dropout, rematerialise
+from cast_jax.models.layers import REMAT, LayerNorm, LayerScale, Linear, drop_path, dropout, gelu, rematerialise
 from cast_jax.models.stack import Stack
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -106,8 +106,8 @@ class Attention(nnx.Module):
     """Multi-head self-attention."""
 
     def __init__(self, config: DinoV2Config, *, dtype, param_dtype, rngs: nnx.Rngs):
-        def linear() -> nnx.Linear:
-            return nnx.Linear(config.embed_dim, config.embed_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        def linear() -> Linear:
+            return Linear(config.embed_dim, config.embed_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
         self.query, self.key, self.value, self.out = linear(), linear(), linear(), linear()
         self.num_heads = config.num_heads
@@ -128,8 +128,8 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: DinoV2Config, *, dtype, param_dtype, rngs: nnx.Rngs):
         hidden = int(config.embed_dim * config.mlp_ratio)
-        self.fc1 = nnx.Linear(config.embed_dim, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(hidden, config.embed_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.fc1 = Linear(config.embed_dim, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.fc2 = Linear(hidden, config.embed_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def expand(self, tokens: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens hidden"]:
         """To the hidden width, before the activation."""
@@ -137,7 +137,7 @@ class Mlp(nnx.Module):
 
     def contract(self, hidden: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens dim"]:
         """The activation, and back."""
-        return self.fc2(jax.nn.gelu(hidden, approximate=False))
+        return self.fc2(gelu(hidden))
 
 
 class SwiGlu(nnx.Module):
@@ -145,9 +145,9 @@ class SwiGlu(nnx.Module):
 
     def __init__(self, config: DinoV2Config, *, dtype, param_dtype, rngs: nnx.Rngs):
         hidden = (int(int(config.embed_dim * config.mlp_ratio) * 2 / 3) + 7) // 8 * 8
-        self.gate = nnx.Linear(config.embed_dim, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.up = nnx.Linear(config.embed_dim, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.down = nnx.Linear(hidden, config.embed_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.gate = Linear(config.embed_dim, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.up = Linear(config.embed_dim, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.down = Linear(hidden, config.embed_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def expand(self, tokens: Float[Array, "batch tokens dim"]) -> tuple[Float[Array, "batch tokens hidden"], ...]:
         """Gate and values, before the activation."""

@@ -14,6 +14,7 @@ from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.core.resize import resize
 from cast_jax.models.convolution import Conv3x3, PatchExpansion
+from cast_jax.models.layers import Linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Reassemble(nnx.Module):
 
     def __init__(self, in_features: int, out_features: int, scale: float, *, dtype, param_dtype, rngs: nnx.Rngs):
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.project = nnx.Linear(in_features, out_features, **options)
+        self.project = Linear(in_features, out_features, **options)
         if scale > 1:
             self.expand = PatchExpansion(out_features, out_features, int(scale), **options)
         elif scale < 1:
@@ -75,7 +76,7 @@ class Fusion(nnx.Module):
         # The coarsest block has no second input: its first unit idles, as in the published checkpoints.
         self.unit1 = ResidualConvUnit(features, **options)
         self.unit2 = ResidualConvUnit(features, **options)
-        self.project = nnx.Linear(features, features, **options)
+        self.project = Linear(features, features, **options)
 
     def __call__(
         self,

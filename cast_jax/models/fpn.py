@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from cast_jax.core.config import check_ranges
 from cast_jax.core.resize import resize
 from cast_jax.models.convolution import Conv3x3
+from cast_jax.models.layers import Linear
 
 SCALES = (4, 2, 1, 0.5)  # of the levels, fine to coarse, in units of the third map
 
@@ -49,7 +50,7 @@ class Fpn(nnx.Module):
     ):
         """``in_features``: of each map. ``pyramid`` is not needed: the maps' sizes show it."""
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.lateral = nnx.List([nnx.Linear(width, config.features, **options) for width in in_features])
+        self.lateral = nnx.List([Linear(width, config.features, **options) for width in in_features])
         self.smooth = nnx.List([Conv3x3(config.features, config.features, **options) for _ in in_features])
 
     def __call__(

@@ -20,7 +20,7 @@ from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.core.resize import resize
 from cast_jax.models.attention import attend
-from cast_jax.models.layers import REMAT, LayerNorm, drop_path, rematerialise
+from cast_jax.models.layers import REMAT, LayerNorm, Linear, drop_path, gelu, rematerialise
 from cast_jax.models.windows import attend_within, from_windows, to_windows
 
 PATCH = 4  # pixels between the positions of the first stage
@@ -146,13 +146,13 @@ class Block(nnx.Module):
     ):
         options = {"dtype": dtype, "rngs": rngs}
         self.norm1 = LayerNorm(in_features, epsilon=EPSILON, **options)
-        self.query, self.key, self.value = (nnx.Linear(in_features, features, **options) for _ in range(3))
-        self.out = nnx.Linear(features, features, **options)
+        self.query, self.key, self.value = (Linear(in_features, features, **options) for _ in range(3))
+        self.out = Linear(features, features, **options)
         self.norm2 = LayerNorm(features, epsilon=EPSILON, **options)
-        self.fc1 = nnx.Linear(features, MLP_RATIO * features, **options)
-        self.fc2 = nnx.Linear(MLP_RATIO * features, features, **options)
+        self.fc1 = Linear(features, MLP_RATIO * features, **options)
+        self.fc2 = Linear(MLP_RATIO * features, features, **options)
         if halves:
-            self.shortcut = nnx.Linear(in_features, features, **options)
+            self.shortcut = Linear(in_features, features, **options)
         self.num_heads, self.window, self.halves = num_heads, window, halves
         self.drop_path, self.remat = drop_path, remat
 
@@ -166,7 +166,7 @@ class Block(nnx.Module):
         features = kept + drop_path(self.out(mixed), self.drop_path, keys[0])
         again = functools.partial(rematerialise, when=self.remat == "elementwise")
         hidden = again(lambda self, x: self.fc1(self.norm2(x)), self, features)
-        branch = again(lambda self, x: self.fc2(jax.nn.gelu(x, approximate=False)), self, hidden)
+        branch = again(lambda self, x: self.fc2(gelu(x)), self, hidden)
         return features + drop_path(branch, self.drop_path, keys[1])
 
     def _attend_within(self, normed: Array, rows: int, columns: int) -> Array:

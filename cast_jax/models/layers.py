@@ -89,6 +89,22 @@ class LayerScale(nnx.Module):
         return values * self.gamma[...].astype(self.dtype)
 
 
+@jax.checkpoint
+def gelu(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The exact GELU (Hendrycks & Gimpel, 2016), for whose gradient only ``values`` are kept, as in PyTorch."""
+    return jax.nn.gelu(values, approximate=False)
+
+
+class Linear(nnx.Linear):
+    """A dense layer. On a CPU rows lie along one axis: XLA would turn inputs around for the gradient of the kernel."""
+
+    def __call__(self, inputs: Float[Array, "*batch features"], out_sharding: Any = None) -> Float[Array, "*batch _"]:
+        if inputs.ndim <= 2 or not on_one_cpu():
+            return super().__call__(inputs, out_sharding)
+        rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
+        return rows.reshape(*inputs.shape[:-1], -1)
+
+
 class LayerNorm(nnx.LayerNorm):
     """Layer norm (Ba et al., 2016), the variance from centred values, as in PyTorch.
 

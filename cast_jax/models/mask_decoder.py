@@ -24,7 +24,7 @@ from cast_jax.core.errors import UserError
 from cast_jax.core.geometry import bilinear_sample, pixel_centres, scale_positions
 from cast_jax.core.resize import resize
 from cast_jax.models.attention import attend
-from cast_jax.models.layers import LayerNorm
+from cast_jax.models.layers import LayerNorm, Linear
 from cast_jax.models.stack import Stack
 
 
@@ -72,7 +72,7 @@ class Attention(nnx.Module):
     """Multi-head attention with separate query, key and value inputs and an optional mask."""
 
     def __init__(self, dim: int, num_heads: int, *, dtype, rngs: nnx.Rngs):
-        linear = lambda: nnx.Linear(dim, dim, dtype=dtype, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
+        linear = lambda: Linear(dim, dim, dtype=dtype, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
         self.query, self.key, self.value, self.out = linear(), linear(), linear(), linear()
         self.num_heads = num_heads
 
@@ -96,7 +96,7 @@ class DecoderLayer(nnx.Module):
     def __init__(self, config: MaskDecoderConfig, *, dtype, rngs: nnx.Rngs):
         dim = config.hidden_dim
         norm = lambda: LayerNorm(dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
-        linear = lambda i, o: nnx.Linear(i, o, dtype=dtype, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
+        linear = lambda i, o: Linear(i, o, dtype=dtype, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
         self.cross = Attention(dim, config.num_heads, dtype=dtype, rngs=rngs)
         self.self_attention = Attention(dim, config.num_heads, dtype=dtype, rngs=rngs)
         self.up, self.down = linear(dim, config.ffn_dim), linear(config.ffn_dim, dim)
@@ -128,7 +128,7 @@ class MLP(nnx.Module):
     """Three linear layers with ReLU between them."""
 
     def __init__(self, dim: int, out_dim: int, *, dtype, rngs: nnx.Rngs):
-        self.layers = nnx.List([nnx.Linear(dim, width, dtype=dtype, rngs=rngs) for width in (dim, dim, out_dim)])
+        self.layers = nnx.List([Linear(dim, width, dtype=dtype, rngs=rngs) for width in (dim, dim, out_dim)])
 
     def __call__(self, x):
         for layer in self.layers[:-1]:
@@ -141,7 +141,7 @@ class MaskDecoder(nnx.Module):
 
     def __init__(self, config: MaskDecoderConfig, feature_dim: int, num_classes: int, *, dtype, rngs: nnx.Rngs):
         dim = config.hidden_dim
-        linear = lambda i, o: nnx.Linear(i, o, dtype=dtype, rngs=rngs)
+        linear = lambda i, o: Linear(i, o, dtype=dtype, rngs=rngs)
         self.config = config
         self.dtype = dtype
         self.level_projections = nnx.List([linear(feature_dim, dim) for _ in range(config.num_levels)])

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.models.convolution import Conv3x3
-from cast_jax.models.layers import rematerialise
+from cast_jax.models.layers import Linear, rematerialise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Block(nnx.Module):
         self.norm2 = nnx.GroupNorm(out_features, groups, scale_init=nnx.initializers.zeros_init(), **options)
         self.stride = stride
         self.shortcut = (
-            nnx.Linear(in_features, out_features, use_bias=False, **options) if in_features != out_features else None
+            Linear(in_features, out_features, use_bias=False, **options) if in_features != out_features else None
         )
 
     def __call__(

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from cast_jax.core.config import check_ranges
 from cast_jax.models.dinov2 import IMAGE_MEAN, IMAGE_STD
+from cast_jax.models.layers import Linear
 from cast_jax.models.mask_decoder import MaskDecoder, MaskDecoderConfig
 from cast_jax.models.parts import MODULES, DecoderConfig, EncoderConfig
 from cast_jax.models.segmenter import Prediction
@@ -90,8 +91,8 @@ class ProjectionHead(nnx.Module):
     """Two-layer MLP to L2-normalised pixel embeddings (method.md section 3)."""
 
     def __init__(self, feature_dim: int, embedding_dim: int = 128, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        self.hidden = nnx.Linear(feature_dim, embedding_dim, dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(embedding_dim, embedding_dim, dtype=dtype, rngs=rngs)
+        self.hidden = Linear(feature_dim, embedding_dim, dtype=dtype, rngs=rngs)
+        self.out = Linear(embedding_dim, embedding_dim, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, features: Float[Array, "*batch channels"], *, rngs: nnx.Rngs | None = None

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.models.convolution import PatchEmbedding
-from cast_jax.models.layers import REMAT, LayerNorm, drop_path, rematerialise
+from cast_jax.models.layers import REMAT, LayerNorm, Linear, drop_path, rematerialise
 from cast_jax.models.stack import Stack
 from cast_jax.models.windows import attend_within, from_windows, to_windows
 
@@ -116,8 +116,8 @@ class WindowAttention(nnx.Module):
     """Multi-head self-attention within each window, with a learned bias for each offset between two positions."""
 
     def __init__(self, features: int, num_heads: int, window: int, *, dtype, rngs: nnx.Rngs):
-        def linear() -> nnx.Linear:
-            return nnx.Linear(features, features, dtype=dtype, rngs=rngs)
+        def linear() -> Linear:
+            return Linear(features, features, dtype=dtype, rngs=rngs)
 
         self.query, self.key, self.value, self.out = linear(), linear(), linear(), linear()
         init = nnx.initializers.truncated_normal(0.02)
@@ -173,8 +173,8 @@ class Block(nnx.Module):
         self.norm1 = LayerNorm(features, epsilon=EPSILON, **options)
         self.attention = WindowAttention(features, num_heads, window, **options)
         self.norm2 = LayerNorm(features, epsilon=EPSILON, **options)
-        self.fc1 = nnx.Linear(features, MLP_RATIO * features, **options)
-        self.fc2 = nnx.Linear(MLP_RATIO * features, features, **options)
+        self.fc1 = Linear(features, MLP_RATIO * features, **options)
+        self.fc2 = Linear(MLP_RATIO * features, features, **options)
         self.window, self.remat = window, remat
 
     def __call__(
@@ -211,7 +211,7 @@ class PatchMerging(nnx.Module):
 
     def __init__(self, features: int, *, dtype, rngs: nnx.Rngs):
         self.norm = LayerNorm(4 * features, epsilon=EPSILON, dtype=dtype, rngs=rngs)
-        self.reduction = nnx.Linear(4 * features, 2 * features, use_bias=False, dtype=dtype, rngs=rngs)
+        self.reduction = Linear(4 * features, 2 * features, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, features: Float[Array, "batch rows columns channels"]

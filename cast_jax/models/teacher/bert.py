@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -13,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from cast_jax.core.config import check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.models.attention import attend
-from cast_jax.models.layers import LayerNorm, rematerialise
+from cast_jax.models.layers import LayerNorm, Linear, gelu, rematerialise
 from cast_jax.models.stack import Stack
 
 EPSILON = 1e-12  # of every layer normalisation
@@ -50,7 +49,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: BertConfig, *, dtype, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
-        linear = lambda i, o: nnx.Linear(i, o, dtype=dtype, kernel_init=init, rngs=rngs)
+        linear = lambda i, o: Linear(i, o, dtype=dtype, kernel_init=init, rngs=rngs)
         norm = lambda: LayerNorm(config.hidden_dim, epsilon=EPSILON, dtype=dtype, rngs=rngs)
         self.query, self.key, self.value, self.out = (linear(config.hidden_dim, config.hidden_dim) for _ in range(4))
         self.attention_norm, self.output_norm = norm(), norm()
@@ -67,7 +66,7 @@ class Block(nnx.Module):
         heads = split(self.query(tokens)), split(self.key(tokens)), split(self.value(tokens))
         attended = attend(*heads, blocks[:, None]).reshape(tokens.shape)
         tokens = self.attention_norm(tokens + self.out(attended))
-        return self.output_norm(tokens + self.fc2(jax.nn.gelu(self.fc1(tokens), approximate=False)))
+        return self.output_norm(tokens + self.fc2(gelu(self.fc1(tokens))))
 
 
 class Bert(nnx.Module):

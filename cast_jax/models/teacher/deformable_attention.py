@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from cast_jax.models.layers import Linear
 from cast_jax.models.teacher.chunks import in_chunks
 
 UNROLL = 4  # taps that share a pass over the sum: the corners of one bilinear read
@@ -67,11 +68,11 @@ class DeformableAttention(nnx.Module):
         around = lambda *_: jnp.asarray(_first_offsets(num_heads, num_levels, num_points))
         # Positions to a fraction of a pixel need float32, whatever the features are.
         exact = {"dtype": jnp.float32, "kernel_init": zeros, "rngs": rngs}
-        self.offsets = nnx.Linear(features, 2 * taps, bias_init=around, **exact)
-        self.weights = nnx.Linear(features, taps, **exact)
+        self.offsets = Linear(features, 2 * taps, bias_init=around, **exact)
+        self.weights = Linear(features, taps, **exact)
         xavier = nnx.initializers.xavier_uniform()
-        self.value = nnx.Linear(features, features, dtype=dtype, kernel_init=xavier, rngs=rngs)
-        self.out = nnx.Linear(features, features, dtype=dtype, kernel_init=xavier, rngs=rngs)
+        self.value = Linear(features, features, dtype=dtype, kernel_init=xavier, rngs=rngs)
+        self.out = Linear(features, features, dtype=dtype, kernel_init=xavier, rngs=rngs)
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
 
     def __call__(

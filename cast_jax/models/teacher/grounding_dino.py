@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from cast_jax.models.convolution import Conv3x3, PatchEmbedding
-from cast_jax.models.layers import rematerialise
+from cast_jax.models.layers import Linear, rematerialise
 from cast_jax.models.stack import Stack
 from cast_jax.models.swin import Swin
 from cast_jax.models.teacher.bert import Bert
@@ -98,7 +98,7 @@ class GroundingDino(nnx.Module):
         features = config.hidden_dim
         self.backbone = Swin(config.backbone, **options)
         self.bert = Bert(config.bert, **options)
-        self.text_projection = nnx.Linear(config.bert.hidden_dim, features, **options)
+        self.text_projection = Linear(config.bert.hidden_dim, features, **options)
         widths = [config.backbone.map_widths[stage] for stage in config.stages]
         made = [widths[-1], *(features,) * config.num_levels][: config.num_levels - len(widths)]
         projections = [(width, False) for width in widths] + [(width, True) for width in made]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from cast_jax.models.layers import rematerialise
+from cast_jax.models.layers import Linear, rematerialise
 from cast_jax.models.stack import Stack
 from cast_jax.models.teacher.deformable_attention import DeformableAttention, Levels
 from cast_jax.models.teacher.grounding_dino_layers import (
@@ -60,7 +60,7 @@ class Selection(nnx.Module):
     """The positions that resemble any token of the text most, each with a box around it."""
 
     def __init__(self, features: int, num_queries: int, scaled_logits: bool, *, dtype, rngs: nnx.Rngs):
-        self.linear = nnx.Linear(features, features, dtype=dtype, rngs=rngs)
+        self.linear = Linear(features, features, dtype=dtype, rngs=rngs)
         self.norm = layer_norm(features, dtype=dtype, rngs=rngs)
         self.class_head, self.box_head = TokenLogits(scaled_logits), box_head(features, rngs)
         self.num_queries = num_queries

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from cast_jax.models.layers import LayerScale, drop_path
+from cast_jax.models.layers import LayerScale, Linear, drop_path
 from cast_jax.models.teacher.chunks import in_chunks
 from cast_jax.models.teacher.deformable_attention import DeformableAttention, Levels
 from cast_jax.models.teacher.grounding_dino_layers import Attention, FeedForward, layer_norm
@@ -45,7 +45,7 @@ class Fusion(nnx.Module):
 
     def __init__(self, features: int, hidden: int, num_heads: int, drop_path: float = 0.0, *, dtype, rngs: nnx.Rngs):
         init = nnx.initializers.xavier_uniform()
-        linear = lambda i, o: nnx.Linear(i, o, dtype=dtype, kernel_init=init, rngs=rngs)
+        linear = lambda i, o: Linear(i, o, dtype=dtype, kernel_init=init, rngs=rngs)
         self.image_norm, self.text_norm = (layer_norm(features, dtype=dtype, rngs=rngs) for _ in range(2))
         self.image_query, self.text_key = linear(features, hidden), linear(features, hidden)
         self.image_value, self.text_value = linear(features, hidden), linear(features, hidden)

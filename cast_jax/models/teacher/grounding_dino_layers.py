@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from cast_jax.models.attention import attend
-from cast_jax.models.layers import LayerNorm
+from cast_jax.models.layers import LayerNorm, Linear
 
 EPSILON = 1e-5  # of every normalisation
 MASKED_LOGIT = -1e4  # the class logit of a padding token: probability zero, and finite for the losses
@@ -39,7 +39,7 @@ class Attention(nnx.Module):
 
     def __init__(self, features: int, num_heads: int, *, dtype, rngs: nnx.Rngs):
         init = nnx.initializers.xavier_uniform()
-        linear = lambda: nnx.Linear(features, features, dtype=dtype, kernel_init=init, rngs=rngs)
+        linear = lambda: Linear(features, features, dtype=dtype, kernel_init=init, rngs=rngs)
         self.query, self.key, self.value, self.out = linear(), linear(), linear(), linear()
         self.num_heads = num_heads
 
@@ -60,8 +60,8 @@ class FeedForward(nnx.Module):
     """Two linear layers with a ReLU between them, a residual connection and a norm after it."""
 
     def __init__(self, features: int, hidden: int, *, dtype, rngs: nnx.Rngs):
-        self.fc1 = nnx.Linear(features, hidden, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(hidden, features, dtype=dtype, rngs=rngs)
+        self.fc1 = Linear(features, hidden, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(hidden, features, dtype=dtype, rngs=rngs)
         self.norm = layer_norm(features, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: Float[Array, "batch tokens features"]) -> Float[Array, "batch tokens features"]:
@@ -75,7 +75,7 @@ class Perceptron(nnx.Module):
         inits = [nnx.initializers.lecun_normal()] * len(widths[2:])
         inits.append(last_init or nnx.initializers.lecun_normal())
         shapes = zip(widths[:-1], widths[1:], inits, strict=True)
-        layers = [nnx.Linear(i, o, dtype=jnp.float32, kernel_init=init, rngs=rngs) for i, o, init in shapes]
+        layers = [Linear(i, o, dtype=jnp.float32, kernel_init=init, rngs=rngs) for i, o, init in shapes]
         self.layers = nnx.List(layers)
 
     def __call__(self, values: Float[Array, "*shape features"]) -> Float[Array, "*shape results"]:

@@ -19,6 +19,7 @@ from cast_jax.core.errors import UserError
 from cast_jax.core.resize import resize
 from cast_jax.models import hiera
 from cast_jax.models.hiera import Hiera, HieraConfig
+from cast_jax.models.layers import Linear
 from cast_jax.models.teacher.sam2_mask_decoder import Masks, Sam2MaskDecoder, Sam2MaskDecoderConfig, choose
 from cast_jax.models.teacher.sam2_prompt import NOT_A_POINT, PromptEncoder
 
@@ -101,7 +102,7 @@ class Neck(nnx.Module):
     """A pyramid whose top-down path reaches stride 16 only: the finer maps are plain projections of the trunk's."""
 
     def __init__(self, widths: Sequence[int], features: int, *, dtype, rngs: nnx.Rngs):
-        self.lateral = nnx.List([nnx.Linear(width, features, dtype=dtype, rngs=rngs) for width in widths])
+        self.lateral = nnx.List([Linear(width, features, dtype=dtype, rngs=rngs) for width in widths])
 
     def __call__(self, maps: Sequence[Float[Array, "batch _rows _columns _width"]]) -> list[Array]:
         """The maps at strides 4, 8 and 16, from those at 4, 8, 16 and 32."""

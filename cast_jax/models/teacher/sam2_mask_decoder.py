@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from cast_jax.core.config import check_ranges
 from cast_jax.models.convolution import PatchExpansion
-from cast_jax.models.layers import LayerNorm
+from cast_jax.models.layers import LayerNorm, Linear
 from cast_jax.models.windows import attend_within
 
 EPSILON = 1e-5  # of the two-way transformer's layer normalisations
@@ -67,7 +67,7 @@ class Attention(nnx.Module):
     """Multi-head attention within each prompt; what all prompts share (an axis of one) is projected once."""
 
     def __init__(self, features: int, inner: int, num_heads: int, *, dtype, rngs: nnx.Rngs):
-        linear = lambda i, o: nnx.Linear(i, o, dtype=dtype, rngs=rngs)
+        linear = lambda i, o: Linear(i, o, dtype=dtype, rngs=rngs)
         self.query, self.key, self.value = (linear(features, inner) for _ in range(3))
         self.out = linear(inner, features)
         self.num_heads = num_heads
@@ -89,7 +89,7 @@ class Mlp(nnx.Module):
 
     def __init__(self, *widths: int, dtype, rngs: nnx.Rngs):
         pairs = itertools.pairwise(widths)
-        self.layers = nnx.List([nnx.Linear(i, o, dtype=dtype, rngs=rngs) for i, o in pairs])
+        self.layers = nnx.List([Linear(i, o, dtype=dtype, rngs=rngs) for i, o in pairs])
 
     def __call__(self, values: Float[Array, "*batch features"]) -> Float[Array, "*batch out"]:
         for layer in self.layers[:-1]:
@@ -161,8 +161,8 @@ class Sam2MaskDecoder(nnx.Module):
         draw = lambda *shape: nnx.Param(jax.random.normal(rngs.params(), shape))
         self.object_token, self.iou_token, self.mask_tokens = draw(features), draw(features), draw(masks, features)
         self.transformer = Transformer(features, config, **options)
-        self.project4 = nnx.Linear(features, features // 8, **options)
-        self.project8 = nnx.Linear(features, features // 4, **options)
+        self.project4 = Linear(features, features // 8, **options)
+        self.project8 = Linear(features, features // 4, **options)
         self.expand8 = PatchExpansion(features, features // 4, 2, **options)
         self.norm8 = LayerNorm(features // 4, epsilon=UPSCALE_EPSILON, **options)
         self.expand4 = PatchExpansion(features // 4, features // 8, 2, **options)

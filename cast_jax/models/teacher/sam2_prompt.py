@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from cast_jax.core.geometry import pixel_centres
 from cast_jax.models.convolution import PatchEmbedding
-from cast_jax.models.layers import LayerNorm
+from cast_jax.models.layers import LayerNorm, Linear, gelu
 
 # Labels of points. 0 to 3, the rows of the table of kinds: background, object, a box's first corner, its last.
 NOT_A_POINT = -1  # no point, and said so
@@ -27,11 +27,11 @@ class MaskEmbedding(nnx.Module):
         norm = lambda width: LayerNorm(width, epsilon=EPSILON, **options)
         self.conv1, self.norm1 = PatchEmbedding(1, hidden // 4, 2, **options), norm(hidden // 4)
         self.conv2, self.norm2 = PatchEmbedding(hidden // 4, hidden, 2, **options), norm(hidden)
-        self.project = nnx.Linear(hidden, features, **options)
+        self.project = Linear(hidden, features, **options)
 
     def __call__(self, masks: Float[Array, "batch rows columns 1"]) -> Float[Array, "batch rows/4 columns/4 features"]:
-        halved = jax.nn.gelu(self.norm1(self.conv1(masks)), approximate=False)
-        return self.project(jax.nn.gelu(self.norm2(self.conv2(halved)), approximate=False))
+        halved = gelu(self.norm1(self.conv1(masks)))
+        return self.project(gelu(self.norm2(self.conv2(halved))))
 
 
 class PromptEncoder(nnx.Module):
