@@ -254,15 +254,12 @@ def _layer_terms(key, mask_logits, class_logits, query, matched, free, targets: 
 
 def _mask_terms(key, logits, targets: Targets, maps, config) -> tuple[Array, Array]:
     """Cross-entropy and dice of one image's mask logits, one for each instance; padding's too."""
-    soft_masks, soft_ignore = maps
-    if config.num_points is None:
-        labels = soft_masks.reshape(len(logits), -1)
-        logits = logits.reshape(len(logits), -1)
-        care = jnp.broadcast_to(1.0 - soft_ignore.reshape(1, -1), logits.shape)
-    else:
+    if config.num_points is not None:
         points = _uncertain_points(key, jax.lax.stop_gradient(logits), config)
         return _point_terms(points, logits, targets.masks, targets.ignore)
-    return _bce_and_dice(logits, labels, care)
+    flat = lambda maps: maps.reshape(len(maps), -1)
+    soft_masks, soft_ignore = maps
+    return _bce_and_dice(flat(logits), flat(soft_masks), 1.0 - flat(soft_ignore[None]))
 
 
 @jax.checkpoint  # reading again costs less than keeping what was read
@@ -316,7 +313,8 @@ def _matching_cost(logits, class_logits, classes, labels, care, config) -> Float
 
 
 def _bce_and_dice(logits, labels, care) -> tuple[Array, Array]:
-    """Of each row of logits: cross-entropy and dice, where ``care`` is 1."""
+    """Of each row of logits: cross-entropy and dice, where ``care`` is 1 (of each row, or of all)."""
+    care = jnp.broadcast_to(care, logits.shape)
     cross_entropy = jax.nn.softplus(logits) - logits * labels
     bce = jnp.sum(cross_entropy * care, -1) / jnp.maximum(jnp.sum(care, -1), 1.0)
     probability = jax.nn.sigmoid(logits) * care
@@ -348,6 +346,5 @@ def _uniform_points(key, shape: tuple[int, ...]) -> UInt32[Array, "*shape"]:
 def _positions(points: UInt32[Array, "*shape"], size: tuple[int, ...]) -> tuple[Array, Array]:
     """The points' (y, x) on a map of ``size``."""
     height, width = size
-    return (points >> 16).astype(jnp.float32) * (height / 2.0**16), (points & 0xFFFF).astype(jnp.float32) * (
-        width / 2.0**16
-    )
+    y, x = (points >> 16).astype(jnp.float32), (points & 0xFFFF).astype(jnp.float32)
+    return y * (height / 2.0**16), x * (width / 2.0**16)
