@@ -77,7 +77,7 @@ def _read(steps: tuple[int, ...], flat: Array, first: Array, fy: Array, fx: Arra
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sample(steps: tuple[int, ...], flat: Array, first: Array, fy: Array, fx: Array) -> Array:
-    """With a gradient that adds up all four corners at once: XLA would do so one after the other, through memory."""
+    """With a gradient that adds all four corners to one map: XLA would make a map of each, and add those up."""
     return _read(steps, flat, first, fy, fx)
 
 

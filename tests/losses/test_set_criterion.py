@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -294,6 +295,39 @@ def test_points_crowd_where_the_mask_is_uncertain():
     # A uniform point lies there in an eighth of all cases: so do about 48 of 384 candidates, which are all taken.
     assert (unsure > 0.55).all()
     assert np.ptp(y) > 0.8
+
+
+POINTS = CriterionConfig(num_points=48, importance=0.5)
+
+
+def sampled_loss(mask_logits, config):
+    class_logits = jnp.asarray(logits()[1])
+    return set_criterion(KEY, decoded(mask_logits, class_logits), targets(), config)[0]
+
+
+@pytest.mark.parametrize("config", [POINTS, DENSE])
+def test_image_by_image_is_side_by_side(config, monkeypatch):
+    """What a CPU does and what others do: the same loss and the same gradient."""
+    found = {}
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        update = jax.value_and_grad(functools.partial(sampled_loss, config=config))
+        found[backend] = jax.jit(update)(logits()[0]), str(jax.make_jaxpr(update)(logits()[0])).count("scan[")
+    (cpu, loops), (gpu, fewer) = found["cpu"], found["gpu"]
+    assert loops > fewer
+    np.testing.assert_allclose(cpu[0], gpu[0], rtol=1e-5)
+    np.testing.assert_allclose(cpu[1], gpu[1], rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradient_at_points_is_the_loss_difference():
+    """Of uniform points, which stay where they are; the matching is that of queries far apart."""
+    config = dataclasses.replace(POINTS, importance=0.0)
+    loss = jax.jit(functools.partial(sampled_loss, config=config))
+    there = jnp.asarray(logits()[0])
+    gradient = jax.grad(loss)(there)
+    length = jnp.linalg.norm(gradient)
+    ahead, behind = (loss(there + step * gradient / length) for step in (0.05, -0.05))
+    np.testing.assert_allclose((ahead - behind) / 0.1, length, rtol=1e-2)
 
 
 @pytest.mark.parametrize(

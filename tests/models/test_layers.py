@@ -1,4 +1,4 @@
-"""Dropout, drop path, layer norm, layer scale and rematerialisation."""
+"""Dropout, drop path, dense layers, activations, norms, layer scale and rematerialisation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from flax import nnx
 
-from cast_jax.models.layers import LayerNorm, LayerScale, drop_path, dropout, rematerialise
+from cast_jax.models.layers import LayerNorm, LayerScale, Linear, drop_path, dropout, gelu, rematerialise
 
 
 def test_dropout_keeps_the_mean_and_the_zeros_at_the_rate():
@@ -37,6 +37,38 @@ def test_layer_scale_multiplies_channels():
     scale.gamma[...] *= jnp.array([1.0, 2.0, 3.0])
     np.testing.assert_allclose(scale(jnp.ones((2, 3))), [[0.5, 1.0, 1.5]] * 2)
     assert LayerScale(3, init=1.0, dtype=jnp.bfloat16)(jnp.ones((2, 3), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 5, 6), (2, 3, 5, 6)])
+def test_dense_layers_are_torchs(backend, shape, monkeypatch):
+    """Values and gradients for any number of axes."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    rng = np.random.default_rng(0)
+    values, weights = rng.normal(size=shape).astype(np.float32), rng.normal(size=(*shape[:-1], 7)).astype(np.float32)
+    layer = Linear(6, 7, bias_init=nnx.initializers.normal(), rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    result, pull = jax.vjp(lambda state, values: nnx.merge(graph, state)(values), state, jnp.asarray(values))
+    to_state, to_values = pull(jnp.asarray(weights))
+
+    kernel, bias = torch.tensor(np.asarray(layer.kernel[...]).T), torch.tensor(np.asarray(layer.bias[...]))
+    inputs = [torch.from_numpy(values).requires_grad_(), kernel.requires_grad_(), bias.requires_grad_()]
+    expected = torch.nn.functional.linear(*inputs)
+    np.testing.assert_allclose(result, expected.detach(), atol=1e-5)
+    expected = torch.autograd.grad(expected, inputs, torch.from_numpy(weights))
+    for mine, other in zip((to_values, to_state["kernel"][...].T, to_state["bias"][...]), expected, strict=True):
+        np.testing.assert_allclose(mine, other, atol=2e-5)
+
+
+def test_gelu_is_torchs_and_keeps_its_input_alone():
+    values = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32) * 3
+    result, pull = jax.vjp(gelu, jnp.asarray(values))
+    assert sum(np.size(kept) for kept in jax.tree.leaves(pull)) == values.size
+    source = torch.from_numpy(values).requires_grad_()
+    expected = torch.nn.functional.gelu(source)
+    expected.sum().backward()
+    np.testing.assert_allclose(result, expected.detach(), atol=1e-6)
+    np.testing.assert_allclose(pull(jnp.ones((4, 6)))[0], source.grad, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "tpu"])
