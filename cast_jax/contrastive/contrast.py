@@ -25,6 +25,7 @@ from cast_jax.contrastive.peers import ALONE, Peers
 from cast_jax.contrastive.samplers import Drawn, draw_pool, draw_rows, mixture_proposals, prepare_proposals
 from cast_jax.contrastive.scores import CandidateMap, candidate_map
 from cast_jax.core import target
+from cast_jax.core.selection import take
 
 _ROWS = 8  # anchors of a device that a row sampler serves at a time: what it holds grows with rows × candidates
 
@@ -75,7 +76,7 @@ class Pools(NamedTuple):
     @property
     def number(self) -> int:
         """How many there are."""
-        return self.drawn.image.shape[0]
+        return self.drawn.place.shape[0]
 
     def read(self, which: Int[Array, ""], known: Known) -> Known:
         """The candidates of one pool; ``known`` of this device's."""
@@ -182,7 +183,7 @@ def effective_number(positions: Int[Array, "slots"], taken: Bool[Array, "slots"]
     slots = jnp.arange(positions.shape[0])
     beyond = jnp.iinfo(positions.dtype).max
     ordered = jnp.sort(jnp.where(taken, positions, beyond))
-    start = jax.lax.cummax(jnp.where(ordered != jnp.roll(ordered, 1), slots, 0))
+    start = jax.lax.cummax(jnp.where(ordered != jnp.pad(ordered[:-1], (1, 0)), slots, 0))
     odd = jnp.where(ordered < beyond, 2 * (slots - start) + 1, 0)  # the first c odd numbers add up to c²
     count, squares = jnp.sum(taken, dtype=float), jnp.sum(odd, dtype=float)  # squares of integers would overflow
     return jnp.where(count > 0, count**2 / jnp.maximum(squares, 1.0), 0.0)
@@ -242,7 +243,7 @@ def _make_pools(
     terms = proposals.images.shape[0]
 
     def one(uniform: Float[Array, "terms 3 slots"]) -> tuple[Drawn, Known | None]:
-        drawn = draw_pool(uniform, proposals, peers)
+        drawn = draw_pool(uniform, proposals, candidates.valid.shape[1], peers)
         drawn = jax.tree.map(jnp.ravel, drawn)
         return drawn, _read(known, drawn) if peers.axes else None
 
@@ -263,7 +264,7 @@ def _read(tree, drawn: Drawn):
     """The values of the candidates that this device holds, zeros for the others'."""
 
     def read(array):
-        values = array[drawn.image, drawn.pixel]
+        values = take(_flatten(array), drawn.place)
         return jnp.where(jnp.expand_dims(drawn.mine, tuple(range(drawn.mine.ndim, values.ndim))), values, 0)
 
     return jax.tree.map(read, tree)
@@ -271,7 +272,9 @@ def _read(tree, drawn: Drawn):
 
 def _add_at(array, drawn: Drawn, values):
     """Adds values to the candidates that this device holds."""
-    return array.at[jnp.where(drawn.mine, drawn.image, array.shape[0]), drawn.pixel].add(values, mode="drop")
+    flat = _flatten(array)
+    place = jnp.where(drawn.mine, drawn.place, len(flat)).astype(jnp.uint32)
+    return flat.at[place].add(values, mode="drop").reshape(array.shape)
 
 
 def _propose(config, key, number, anchors: Anchors, pools: Pools, centre, known: Known):
@@ -336,7 +339,7 @@ def _for_flagged_rows(peers: Peers, flagged: Bool[Array, "anchors"], body, state
     def step(carry):
         block, state = carry
         position = block * _ROWS + jnp.arange(_ROWS)
-        rows = order[jnp.minimum(position, order.shape[0] - 1)]
+        rows = take(order, jnp.minimum(position, order.shape[0] - 1))
         return block + 1, body(rows, position < count, state)
 
     def loop(state):
@@ -349,8 +352,8 @@ def _for_flagged_rows(peers: Peers, flagged: Bool[Array, "anchors"], body, state
 def _draw_rows(config, peers: Peers, key, anchors: Anchors, rows, candidates: CandidateMap, pixels: CandidatePixels):
     """The negatives of all peers' ``rows`` (of the flattened anchors), and which of the rows have any."""
     per_image = anchors.own.shape[1]
-    numbers = anchors.image[rows // per_image] * per_image + rows % per_image
-    g_hat, own = (_flatten(array)[rows] for array in (anchors.g_hat, anchors.own))
+    numbers = take(anchors.image, rows // per_image) * per_image + rows % per_image
+    g_hat, own = (take(_flatten(array), rows) for array in (anchors.g_hat, anchors.own))
     g_hat, own, numbers = peers.gather((g_hat, own, numbers))
     return draw_rows(
         "categorical" if config.sampler == "categorical" else "inverse_cdf",
@@ -376,11 +379,13 @@ def _contrast_short(config, peers, key, z, anchors, candidates, pixels, flagged,
         drawn, drawable = _draw_rows(config, peers, key, anchors, rows, candidates, pixels)
         known = (z_candidates, pixels.regions, pixels.position)
         z_negatives, regions, position = peers.sum_and_split(_read(known, drawn))
-        some = jax.tree.map(lambda leaf: leaf[rows], flat)
+        some = jax.tree.map(lambda leaf: take(leaf, rows), flat)
         drawable = drawable.reshape(-1, _ROWS)[peers.number]
         some = some._replace(valid=some.valid & real & drawable)
         taken = jnp.ones(position.shape, bool)
-        more, (d_a, d_p, d_n) = _contrast_rows(config, z_a[rows], z_p[rows], z_negatives, taken, some, regions)
+        more, (d_a, d_p, d_n) = _contrast_rows(
+            config, take(z_a, rows), take(z_p, rows), z_negatives, taken, some, regions
+        )
         more = _with_effective(more, position, taken, some.valid)
         d_anchors, d_positives = d_anchors.at[rows].add(d_a), d_positives.at[rows].add(d_p)
         return _add(sums, more), d_anchors, d_positives, _add_at(d_candidates, drawn, peers.gather(d_n))

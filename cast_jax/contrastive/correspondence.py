@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from cast_jax.core.geometry import apply_affine, bilinear_sample, inside_box, pixel_centres, scale_positions
+from cast_jax.core.sharding import over_images
 
 
 def correspond(
@@ -43,4 +43,4 @@ def correspond(
         position = jnp.where(valid[:, None], in_weak, 0.0)
         return bilinear_sample(features, scale_positions(position, image_size, weak_grid)), valid
 
-    return jax.vmap(read)(features_weak, strong_to_weak, valid_box_strong, boxes_weak)
+    return over_images(read, features_weak, strong_to_weak, valid_box_strong, boxes_weak)

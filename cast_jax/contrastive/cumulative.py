@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+from cast_jax.core.selection import take
 
 
 class Cumulative(NamedTuple):
@@ -27,7 +30,7 @@ class Cumulative(NamedTuple):
 
 def running_sum(weights: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
     """The sums up to and with each of a few weights; -inf where a weight is zero."""
-    ones = jnp.triu(jnp.ones((weights.shape[-1],) * 2, weights.dtype))
+    ones = np.triu(np.ones((weights.shape[-1],) * 2, weights.dtype))
     return jnp.where(weights > 0, jnp.matmul(weights, ones, precision=jax.lax.Precision.HIGHEST), -jnp.inf)
 
 
@@ -62,6 +65,8 @@ def pick(
     from many items: 2⁻²³ of a block's weight, instead of 2⁻²³ of everything.
     """
     which = jnp.broadcast_to(which, uniform.shape[1:])
-    block = first_above(cumulative.blocks[which], uniform[0])
-    found = block * cumulative.inner.shape[-1] + first_above(cumulative.inner[which, block], uniform[1])
-    return jnp.where(cumulative.total[which] > 0, found, 0).astype(jnp.int32)
+    distributions, blocks, size = cumulative.inner.shape
+    block = first_above(take(cumulative.blocks, which), uniform[0])
+    inner = take(cumulative.inner.reshape(distributions * blocks, size), which * blocks + block)
+    found = block * size + first_above(inner, uniform[1])
+    return jnp.where(take(cumulative.total, which) > 0, found, 0).astype(jnp.int32)

@@ -12,6 +12,7 @@ from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.contrastive.contrast import Anchors, CandidatePixels, Sums, contrast
 from cast_jax.contrastive.fused_map import normalise_finite
 from cast_jax.contrastive.peers import ALONE, Peers
+from cast_jax.core.selection import take_rows
 
 _ELSEWHERE = jnp.iinfo(jnp.int32).max  # the region of a bank's pixels: no anchor's
 
@@ -31,7 +32,7 @@ def choose_anchors(
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (pixels,)))(keys)
     rank = jnp.where(valid, uniform, -1.0)
     position = jax.lax.top_k(rank, num_anchors)[1].astype(jnp.int32)
-    return position, jnp.take_along_axis(valid, position, axis=1)
+    return position, take_rows(valid, position)
 
 
 def unique_regions(instance_ids: Int[Array, "batch pixels"], peers: Peers = ALONE) -> Int[Array, "batch pixels"]:
@@ -114,9 +115,10 @@ def contrastive_loss(
     anchor_key, *set_keys = jax.random.split(key, 1 + directions)
     anchor_keys = jax.vmap(jax.random.fold_in, (None, 0))(anchor_key, image)
     chosen, real = choose_anchors(anchor_keys, usable, config.num_anchors)
-    pick = jax.vmap(lambda array, chosen: array[chosen])
-    own = pick(position, chosen) if bank is None else jnp.full_like(chosen, -1)
-    anchors = Anchors(pick(g_hat, chosen), own, real, pick(regions, chosen), pick(on_instance, chosen), image)
+    own = take_rows(position, chosen) if bank is None else jnp.full_like(chosen, -1)
+    anchors = Anchors(
+        take_rows(g_hat, chosen), own, real, take_rows(regions, chosen), take_rows(on_instance, chosen), image
+    )
     candidates = CandidatePixels(g_hat, usable, regions, position)
     if bank is not None:
         size = bank.valid.shape[0]
@@ -129,7 +131,8 @@ def contrastive_loss(
     if bank is not None:
         z_keys = jnp.stack([jax.lax.stop_gradient(bank.z)[None]] * directions)
     z_anchors, z_positives = (
-        jnp.stack([pick(z, chosen) for z in pair[:directions]]) for pair in ([z_weak, z_strong], [z_strong, z_weak])
+        jnp.stack([take_rows(z, chosen) for z in pair[:directions]])
+        for pair in ([z_weak, z_strong], [z_strong, z_weak])
     )
     shared = jax.tree.map(lambda array: jnp.broadcast_to(array, (directions, *array.shape)), (anchors, candidates))
     operands = (z_anchors, z_positives, z_keys, *shared)

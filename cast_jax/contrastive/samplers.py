@@ -24,21 +24,22 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from cast_jax.contrastive.cumulative import Cumulative, cumulate, first_above, pick, running_sum
 from cast_jax.contrastive.peers import ALONE, Peers
 from cast_jax.contrastive.scores import EXPECTED_ACCEPTANCE, CandidateMap, debias_score, envelope, spread
-from cast_jax.core.selection import running_count
+from cast_jax.core.selection import running_count, take
 
 SAMPLERS = ("mixture_proposals", "inverse_cdf", "categorical")
 
 
 class Drawn(NamedTuple):
-    """Candidates by image and pixel on this device; ``mine`` says which of them it holds (others may be anything)."""
+    """Candidates of this device, numbered image by image; ``mine`` says which it holds (others may be anything)."""
 
-    image: Int[Array, "*draws"]
-    pixel: Int[Array, "*draws"]
+    place: Int[Array, "*draws"]
     mine: Bool[Array, "*draws"]
 
 
 def _on_this_device(image: Int[Array, "*draws"], images: int, peers: Peers) -> tuple[Array, Array]:
     """Images numbered over all devices as numbers on this one, in range, and whether they are here."""
+    if not peers.axes:
+        return image, jnp.ones(image.shape, bool)
     local = image - peers.number * images
     return jnp.clip(local, 0, images - 1), (local >= 0) & (local < images)
 
@@ -82,13 +83,14 @@ def draw_rows(
         logits = jnp.where(drawable, jnp.log(masses), 0.0)
         image, mine = _on_this_device(jax.random.categorical(image_key, logits, shape=(num_negatives,)), images, peers)
         logits = jnp.where(jnp.any(weights > 0, axis=-1, keepdims=True), jnp.log(weights), 0.0)
-        return Drawn(image, jax.random.categorical(pixel_key, logits[image]).astype(jnp.int32), mine), drawable
+        pixel = jax.random.categorical(pixel_key, take(logits, image)).astype(jnp.int32)
+        return Drawn(image * pixels + pixel, mine), drawable
 
     def by_inversion(key, weights, masses):
         uniform = jax.random.uniform(key, (3, num_negatives))
         running = running_sum(masses)
         image, mine = _on_this_device(first_above(running[None], uniform[0]), images, peers)
-        return Drawn(image, pick(cumulate(weights), uniform[1:], image), mine), jnp.any(masses > 0)
+        return Drawn(image * pixels + pick(cumulate(weights), uniform[1:], image), mine), jnp.any(masses > 0)
 
     if sampler == "categorical":
         return jax.lax.map(lambda row: by_categorical(*row), (keys, weights, masses))
@@ -122,13 +124,16 @@ def prepare_proposals(candidates: CandidateMap, score: str, peers: Peers = ALONE
     return Proposals(cumulative, running_sum(peers.gather(cumulative.total, axis=1)))
 
 
-def draw_pool(uniform: Float[Array, "terms 3 slots"], proposals: Proposals, peers: Peers = ALONE) -> Drawn:
-    """One pool of proposals, [terms, slots]: for each slot and term one candidate in proportion to the term."""
+def draw_pool(uniform: Float[Array, "terms 3 slots"], proposals: Proposals, pixels: int, peers: Peers = ALONE) -> Drawn:
+    """One pool of proposals, [terms, slots]: for each slot and term one candidate in proportion to the term.
+
+    ``pixels``: of an image.
+    """
     images = proposals.pixels.blocks.shape[1]
 
-    def one_term(uniform, pixels, running):
+    def one_term(uniform, cumulative, running):
         image, mine = _on_this_device(first_above(running[None], uniform[0]), images, peers)
-        return Drawn(image, pick(pixels, uniform[1:], image), mine)
+        return Drawn(image * pixels + pick(cumulative, uniform[1:], image), mine)
 
     return jax.vmap(one_term)(uniform, proposals.pixels, proposals.images)
 

@@ -47,7 +47,7 @@ def sample_each(
     """As :func:`bilinear_sample`, each map at its own positions."""
     number, height, width = maps.shape
     first, steps, fy, fx = _corners(height, width, y, x)
-    first = first + jnp.arange(number)[:, None] * (height * width)
+    first = first + jnp.arange(number, dtype=jnp.uint32)[:, None] * (height * width)
     return _sample(steps, jnp.ravel(maps), first, fy, fx)
 
 
@@ -63,7 +63,8 @@ def _corners(height: int, width: int, y: Array, x: Array) -> tuple[Array, tuple[
 
     (low_y, fy), (low_x, fx) = along(y, height), along(x, width)
     right, down = min(1, width - 1), width * min(1, height - 1)
-    return low_y * width + low_x, (0, right, down, down + right), fy, fx
+    first = (low_y * width + low_x).astype(jnp.uint32)  # a signed one might count from the end, which costs a choice
+    return first, (0, right, down, down + right), fy, fx
 
 
 def _read(steps: tuple[int, ...], flat: Array, first: Array, fy: Array, fx: Array) -> Array:
@@ -86,10 +87,9 @@ def _sample_backward(steps: tuple[int, ...], given: tuple[Array, ...], gradient:
     to_fractions = jax.vjp(lambda *fractions: _read(steps, flat, first, *fractions), fy, fx)[1](gradient)
     if not jnp.issubdtype(flat.dtype, jnp.floating):
         return None, None, *to_fractions
-    weights = [y * x for y in (1 - fy, fy) for x in (1 - fx, fx)]
-    to_flat = jnp.zeros_like(flat)
-    for step, weight in zip(steps, weights, strict=True):
-        to_flat = to_flat.at[first + step].add((weight * gradient).astype(flat.dtype), mode="drop")
+    weights = jnp.stack([y * x for y in (1 - fy, fy) for x in (1 - fx, fx)])
+    corners = jnp.stack([first + step for step in steps])
+    to_flat = jnp.zeros_like(flat).at[corners].add((weights * gradient).astype(flat.dtype), mode="drop")
     return to_flat, None, *to_fractions
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 
 def running_count(flags: Bool[Array, "rows n"]) -> Int[Array, "rows n"]:
@@ -12,7 +13,7 @@ def running_count(flags: Bool[Array, "rows n"]) -> Int[Array, "rows n"]:
     rows, n = flags.shape
     position = jnp.arange(32, dtype=jnp.uint32)
     words = _packed(flags)
-    earlier = jnp.triu(jnp.ones((words.shape[1],) * 2, jnp.float32), 1)
+    earlier = np.triu(np.ones((words.shape[1],) * 2, np.float32), 1)
     before = jax.lax.population_count(words).astype(jnp.float32) @ earlier  # at most 32 each: exact at any precision
     inside = jax.lax.population_count(words[..., None] & ((jnp.uint32(2) << position) - 1))
     return (before[..., None].astype(jnp.int32) + inside.astype(jnp.int32)).reshape(rows, -1)[:, :n]
@@ -38,9 +39,16 @@ def nearest_to_zero(values: Float[Array, "rows n"], count: int) -> Int[Array, "r
     return _places(words, count) % (32 * up_to.shape[2])
 
 
-def take_rows(array: Array, where: Int[Array, "rows n"]) -> Array:
-    """``jnp.take_along_axis(array, where, axis=1)`` of a matrix; places must be real."""
-    return array.reshape(-1).at[jnp.arange(len(array))[:, None] * array.shape[1] + where].get(mode="clip")
+def take(array: Shaped[Array, "n *shape"], where: Int[Array, "*places"]) -> Shaped[Array, "*places *shape"]:
+    """``array[where]`` of places that are real: indexing compiles a choice for those that count from the end, too."""
+    return jnp.asarray(array).at[where.astype(jnp.uint32)].get(mode="promise_in_bounds")
+
+
+def take_rows(array: Shaped[Array, "rows n *shape"], where: Int[Array, "rows k"]) -> Shaped[Array, "rows k *shape"]:
+    """Places of each row, ``array[i, where[i]]``; they must be real."""
+    rows, n = array.shape[:2]
+    first = jnp.arange(rows, dtype=jnp.int32)[:, None] * n
+    return take(array.reshape(rows * n, *array.shape[2:]), first + where)
 
 
 def _places(words: UInt32[Array, "rows words"], count: int) -> Int[Array, "rows count"]:

@@ -126,12 +126,17 @@ def set_terms(
     chosen = jnp.take_along_axis(layers.embeddings, queries[..., None], axis=2)
     masks = mask_logits("blid,bhwd->blihw", chosen, layers.features)
 
-    def terms_of(keys, masks, class_logits, queries, matched, free, targets, maps) -> Metrics:
-        of_layer = functools.partial(_layer_terms, targets=targets, maps=maps, config=config)
-        layers = (keys, masks, class_logits, queries, matched, free)
-        return jax.lax.map(lambda layer: of_layer(*layer), layers)
+    def of_image(keys, masks, targets, maps) -> tuple[Array, Array]:
+        of_layer = functools.partial(_mask_terms, targets=targets, maps=maps, config=config)
+        return jax.lax.map(lambda layer: of_layer(*layer), (keys, masks))
 
-    return over_images(terms_of, keys[:, 1:], masks, layers.class_logits, queries, matched, free, targets, maps)
+    bce, dice = over_images(of_image, keys[:, 1:], masks, targets, maps)
+    weight, count = jnp.where(matched, targets.weights[:, None], 0.0), jnp.sum(matched, axis=-1).astype(jnp.float32)
+    return {
+        "class": _class_terms(layers.class_logits, queries, matched, free, targets, config),
+        "mask": (jnp.sum(weight * bce, axis=-1), count),
+        "dice": (jnp.sum(weight * dice, axis=-1), count),
+    }
 
 
 def set_loss(
@@ -229,27 +234,26 @@ def _shrink(maps: Bool[Array, "*batch height width"], size: tuple[int, int]) -> 
     return resize(flat, size, antialias=True).reshape(*maps.shape[:-2], *size)
 
 
-def _layer_terms(key, mask_logits, class_logits, query, matched, free, targets: Targets, maps, config) -> Metrics:
-    """Loss terms of one image in one layer: masks of each instance's matched query, classes of all queries.
+def _class_terms(
+    class_logits: Float[Array, "images layers queries classes"],
+    queries: Int[Array, "images layers instances"],
+    matched: Bool[Array, "images layers instances"],
+    free: Bool[Array, "images layers queries"],
+    targets: Targets,
+    config: CriterionConfig,
+) -> tuple[Float[Array, "images layers"], Float[Array, "images layers"]]:
+    """Cross-entropy of all queries, and what they weigh. ``free`` is False where "no object" is not to be learned.
 
-    ``free`` is False for queries that are not to be called "no object".
+    Classes are compared, not gathered: kernels that address memory take longer to compile, and keep their addresses.
     """
-    weight = jnp.where(matched, targets.weights, 0.0)
-    count = jnp.sum(matched).astype(jnp.float32)
-    bce, dice = _mask_terms(key, mask_logits, targets, maps, config)
-
-    num_classes = class_logits.shape[-1] - 1
-    # Unmatched instances write out of bounds, which `mode="drop"` discards.
-    slot = jnp.where(matched, query, class_logits.shape[0])
-    classes = jnp.full(class_logits.shape[0], num_classes).at[slot].set(targets.labels, mode="drop")
-    class_weights = jnp.where(free, config.no_object_weight, 0.0)
-    class_weights = class_weights.at[slot].set(targets.weights, mode="drop")
-    cross_entropy = -jnp.take_along_axis(jax.nn.log_softmax(class_logits), classes[:, None], axis=1)[:, 0]
-    return {
-        "class": (jnp.sum(class_weights * cross_entropy), jnp.sum(class_weights)),
-        "mask": (jnp.sum(weight * bce), count),
-        "dice": (jnp.sum(weight * dice), count),
-    }
+    *_, number, classes = class_logits.shape
+    found = matched[..., None] & (queries[..., None] == jnp.arange(number))  # of an instance and a query
+    of_query = lambda values: jnp.sum(jnp.where(found, values[:, None, :, None], 0), axis=2)
+    alone = ~jnp.any(found, axis=2)
+    label = jnp.where(alone, classes - 1, of_query(targets.labels))
+    weight = jnp.where(alone, jnp.where(free, config.no_object_weight, 0.0), of_query(targets.weights))
+    chosen = jnp.where(label[..., None] == jnp.arange(classes), jax.nn.log_softmax(class_logits), 0.0)
+    return jnp.sum(weight * -jnp.sum(chosen, axis=-1), axis=-1), jnp.sum(weight, axis=-1)
 
 
 def _mask_terms(key, logits, targets: Targets, maps, config) -> tuple[Array, Array]:

@@ -23,6 +23,7 @@ from cast_jax.core.decoded import Decoded, mask_logits
 from cast_jax.core.errors import UserError
 from cast_jax.core.geometry import bilinear_sample, pixel_centres, scale_positions
 from cast_jax.core.resize import resize
+from cast_jax.core.sharding import over_images
 from cast_jax.models.attention import attend
 from cast_jax.models.layers import LayerNorm, Linear
 from cast_jax.models.stack import Stack
@@ -114,14 +115,21 @@ class DecoderLayer(nnx.Module):
     ) -> Float[Array, "batch queries dim"]:
         """``keep`` is what dropout leaves: of the three branches, and of the hidden units."""
         dim = queries.shape[-1]
-        parts = (None,) * 4 if keep is None else jnp.split(keep, (dim, 2 * dim, 3 * dim), axis=-1)
-        drop = lambda x, part: x if part is None else jnp.where(part, x / (1.0 - self.dropout), 0.0)
+
+        def drop(x: Array, keep: Array | None, first: int) -> Array:
+            return x if keep is None else jnp.where(keep[..., first : first + x.shape[-1]], x / (1.0 - self.dropout), 0)
+
+        dropped = jax.checkpoint(drop, static_argnums=2)  # else each part of ``keep`` would be kept for the gradient
+
+        @jax.checkpoint
+        def shrink(hidden: Array, keep: Array | None) -> Array:
+            return self.down(drop(jax.nn.relu(hidden), keep, 3 * dim))
+
         cross = self.cross(queries + query_positions, keys, values, allowed)
-        queries = self.cross_norm(queries + drop(cross, parts[0]))
+        queries = self.cross_norm(queries + dropped(cross, keep, 0))
         located = queries + query_positions
-        queries = self.self_norm(queries + drop(self.self_attention(located, located, queries), parts[1]))
-        hidden = drop(jax.nn.relu(self.up(queries)), parts[3])
-        return self.ffn_norm(queries + drop(self.down(hidden), parts[2]))
+        queries = self.self_norm(queries + dropped(self.self_attention(located, located, queries), keep, dim))
+        return self.ffn_norm(queries + dropped(shrink(self.up(queries), keep), keep, 2 * dim))
 
 
 class MLP(nnx.Module):
@@ -222,7 +230,7 @@ class MaskDecoder(nnx.Module):
         return Decoded(embeddings, mask_features, self.class_head(normed).astype(jnp.float32))
 
     def _draw_dropout(self, batch: int, queries: int, rngs: nnx.Rngs | None) -> Array | None:
-        """What dropout keeps in the layers, ``[layers, batch, queries, _]``, of each layer's branches and hidden units.
+        """What dropout keeps in the layers, ``[layers, batch, queries, _]``: of their three branches, and hidden units.
 
         Drawn at once: a generator for each of 36 masks takes long to compile.
         """
@@ -251,7 +259,7 @@ class MaskDecoder(nnx.Module):
         content = self.query_content.astype(self.dtype)[None]
         positions = self.query_positions.astype(self.dtype)[None]
         if anchors is not None:
-            seen = jax.vmap(lambda features: bilinear_sample(features, anchors))(pixel_map)
+            seen = over_images(lambda features: bilinear_sample(features, anchors), pixel_map)
             content = content + self.query_projection(seen)
             positions = positions + self._encode(anchors, height, width)
         dim = self.config.hidden_dim
