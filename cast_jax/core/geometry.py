@@ -87,9 +87,10 @@ def _sample_backward(steps: tuple[int, ...], given: tuple[Array, ...], gradient:
     to_fractions = jax.vjp(lambda *fractions: _read(steps, flat, first, *fractions), fy, fx)[1](gradient)
     if not jnp.issubdtype(flat.dtype, jnp.floating):
         return None, None, *to_fractions
-    weights = jnp.stack([y * x for y in (1 - fy, fy) for x in (1 - fx, fx)])
-    corners = jnp.stack([first + step for step in steps])
-    to_flat = jnp.zeros_like(flat).at[corners].add((weights * gradient).astype(flat.dtype), mode="drop")
+    weights = [y * x for y in (1 - fy, fy) for x in (1 - fx, fx)]
+    to_flat = jnp.zeros_like(flat)
+    for step, weight in zip(steps, weights, strict=True):
+        to_flat = to_flat.at[first + step].add((weight * gradient).astype(flat.dtype), mode="drop")
     return to_flat, None, *to_fractions
 
 
