@@ -9,6 +9,8 @@ from jaxtyping import Array, Float
 
 from cast_jax.core.sharding import on_one_cpu
 
+_SMALL = 1024  # pixels of a map, up to which XLA's kernel gradient is as fast, and compiles faster
+
 
 class Conv3x3(nnx.Module):
     """A 3x3 convolution padded by one pixel on every side, as ``torch.nn.Conv2d(..., 3, stride, padding=1)``.
@@ -45,8 +47,8 @@ def convolve3x3(
     kernel: Float[Array, "3 3 in_features out_features"],
     stride: int = 1,
 ) -> Float[Array, "batch new_height new_width out_features"]:
-    """Convolves maps padded by one pixel; on a CPU at stride 1, with a kernel gradient of its own."""
-    if stride == 1 and on_one_cpu():
+    """Convolves maps padded by one pixel; on a CPU at stride 1, if not small, with a kernel gradient of our own."""
+    if stride == 1 and on_one_cpu() and features.shape[1] * features.shape[2] > _SMALL:
         return _convolve_on_cpu(features, kernel)
     return _convolve(features, kernel, stride)
 

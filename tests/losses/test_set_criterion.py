@@ -217,6 +217,15 @@ def test_a_query_on_ignored_pixels_is_not_called_background():
     assert np.abs(np.asarray(gradient)[:, :, 0]).min() > 0
 
 
+def test_an_instance_without_a_query_teaches_no_class():
+    mask_logits, class_logits = logits()
+    target = dataclasses.replace(targets(ignored=0.0), valid=jnp.ones((BATCH, INSTANCES), bool))
+    (_, metrics), _ = dense(mask_logits[:, :, :1], class_logits[:, :, :1], target)
+    first, second = np.asarray(target.weights)  # of one instance in each image
+    assert np.isclose(first[:, None] + second, metrics["class"][1]).any()
+    assert metrics["mask"][1] == BATCH
+
+
 def test_a_batch_without_instances_is_finite():
     empty = dataclasses.replace(targets(), valid=jnp.zeros((BATCH, INSTANCES), bool))
     mask_logits, class_logits = logits()

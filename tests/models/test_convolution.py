@@ -9,6 +9,7 @@ import pytest
 import torch
 from flax import nnx
 
+from cast_jax.models import convolution
 from cast_jax.models.convolution import Conv3x3, PatchEmbedding, PatchExpansion, convolve3x3
 
 RANDOM = np.random.default_rng(0)
@@ -27,6 +28,7 @@ def run_torch(layer: torch.nn.Module, maps: np.ndarray) -> np.ndarray:
 def test_cpu_gradients_equal_automatic_differentiation(size, monkeypatch):
     features, kernel = normal(3, *size, 4), normal(3, 3, 4, 5)
     gradient = normal(3, *size, 5)
+    monkeypatch.setattr(convolution, "_SMALL", 0)
 
     def differentiate(backend: str):
         monkeypatch.setattr(jax, "default_backend", lambda: backend)
@@ -37,7 +39,9 @@ def test_cpu_gradients_equal_automatic_differentiation(size, monkeypatch):
         np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_cpu_kernel_gradient_in_half_precision_adds_up_in_float32():
+@pytest.mark.parametrize("small", [0, 1024])
+def test_cpu_kernel_gradient_in_half_precision_adds_up_in_float32(small, monkeypatch):
+    monkeypatch.setattr(convolution, "_SMALL", small)
     features, gradient = (
         jnp.asarray(normal(2, 16, 16, 3), jnp.bfloat16),
         jnp.asarray(normal(2, 16, 16, 3), jnp.bfloat16),
