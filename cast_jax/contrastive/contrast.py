@@ -386,8 +386,7 @@ def _contrast_short(config, peers, key, z, anchors, candidates, pixels, flagged,
         more, (d_a, d_p, d_n) = _contrast_rows(
             config, take(z_a, rows), take(z_p, rows), z_negatives, taken, some, regions
         )
-        if config.sampler != "mixture_proposals":  # else too few are short to matter, and it takes long to compile
-            more = _with_effective(more, position, taken, some.valid)
+        more = _with_effective(more, position, taken, some.valid)
         d_anchors, d_positives = d_anchors.at[rows].add(d_a), d_positives.at[rows].add(d_p)
         return _add(sums, more), d_anchors, d_positives, _add_at(d_candidates, drawn, peers.gather(d_n))
 

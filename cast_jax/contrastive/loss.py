@@ -92,8 +92,8 @@ def contrastive_loss(
         - ``contrastive/false_negative_rate``: drawn negatives on the anchor's own instance; over anchors on an instance
           and negatives whose region is known. Only with ``instance_ids``, like the margin.
         - ``contrastive/effective_negatives``: of K draws of an anchor, the effective number of distinct ones,
-          ``(Σ c)² / Σ c²`` over how often each is drawn; with ``mixture_proposals`` of one anchor a group. Few where a
-          map is skewed.
+          ``(Σ c)² / Σ c²`` over how often each is drawn; of one anchor a group and of short rows. Few where a map is
+          skewed.
         - ``contrastive/margin``: mean over drawn pairs of different regions of ``<z, z⁺> - <z, z⁻>``, same anchors.
         - ``contrastive/acceptance_rate``, ``contrastive/short_rows``: of proposals, and of anchors that the pool did
           not serve (they were served by an exact slower way). Only with ``mixture_proposals``.
