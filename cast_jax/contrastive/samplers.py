@@ -124,16 +124,15 @@ def prepare_proposals(candidates: CandidateMap, score: str, peers: Peers = ALONE
     return Proposals(cumulative, running_sum(peers.gather(cumulative.total, axis=1)))
 
 
-def draw_pool(uniform: Float[Array, "terms 3 slots"], proposals: Proposals, pixels: int, peers: Peers = ALONE) -> Drawn:
-    """One pool of proposals, [terms, slots]: for each slot and term one candidate in proportion to the term.
-
-    ``pixels``: of an image.
-    """
+def draw_pool(
+    uniform: Float[Array, "terms 3 slots"], proposals: Proposals, pixels_per_image: int, peers: Peers = ALONE
+) -> Drawn:
+    """One pool of proposals, [terms, slots]: for each slot and term one candidate in proportion to the term."""
     images = proposals.pixels.blocks.shape[1]
 
     def one_term(uniform, cumulative, running):
         image, mine = _on_this_device(first_above(running[None], uniform[0]), images, peers)
-        return Drawn(image * pixels + pick(cumulative, uniform[1:], image), mine)
+        return Drawn(image * pixels_per_image + pick(cumulative, uniform[1:], image), mine)
 
     return jax.vmap(one_term)(uniform, proposals.pixels, proposals.images)
 

@@ -45,7 +45,7 @@ def take(array: Shaped[Array, "n *shape"], where: Int[Array, "*places"]) -> Shap
 
 
 def take_rows(array: Shaped[Array, "rows n *shape"], where: Int[Array, "rows k"]) -> Shaped[Array, "rows k *shape"]:
-    """Places of each row, ``array[i, where[i]]``; they must be real."""
+    """What stands at places of each row, ``array[i, where[i]]``; they must be real."""
     rows, n = array.shape[:2]
     first = jnp.arange(rows, dtype=jnp.int32)[:, None] * n
     return take(array.reshape(rows * n, *array.shape[2:]), first + where)
@@ -60,7 +60,8 @@ def _places(words: UInt32[Array, "rows words"], count: int) -> Int[Array, "rows 
 
     def search(step: Int[Array, ""], word: Int[Array, "rows count"]) -> Int[Array, "rows count"]:
         further = word + (1 << (steps - 1 - step))
-        return jnp.where((further < words.shape[1]) & (take_rows(before, further) <= slots), further, word)
+        there = jnp.minimum(further, words.shape[1] - 1)
+        return jnp.where((further == there) & (take_rows(before, there) <= slots), further, word)
 
     word = jax.lax.fori_loop(0, steps, search, jnp.zeros((len(words), count), jnp.int32))
     return word * 32 + _nth_bit(take_rows(words, word), slots - take_rows(before, word))

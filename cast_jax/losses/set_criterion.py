@@ -110,8 +110,8 @@ def set_terms(
     """The terms "class", "mask" and "dice" of each image in each layer, unweighted, as (sum, count).
 
     Whole masks are formed of the matched queries only. All layers are matched at the same points (chosen; Mask2Former
-    draws new ones for each). Layers are computed one after another by one compiled body: unrolled, they would take
-    minutes to compile.
+    draws new ones for each). The masks of layers are compared one after another by one compiled body: unrolled, they
+    would take minutes to compile.
 
     Args:
       keys: see :func:`point_keys`.
@@ -245,6 +245,7 @@ def _class_terms(
     """Cross-entropy of all queries, and what they weigh. ``free`` is False where "no object" is not to be learned.
 
     Classes are compared, not gathered: kernels that address memory take longer to compile, and keep their addresses.
+    A label that is no class makes the loss NaN.
     """
     *_, number, classes = class_logits.shape
     found = matched[..., None] & (queries[..., None] == jnp.arange(number))  # of an instance and a query
@@ -253,7 +254,8 @@ def _class_terms(
     label = jnp.where(alone, classes - 1, of_query(targets.labels))
     weight = jnp.where(alone, jnp.where(free, config.no_object_weight, 0.0), of_query(targets.weights))
     chosen = jnp.where(label[..., None] == jnp.arange(classes), jax.nn.log_softmax(class_logits), 0.0)
-    return jnp.sum(weight * -jnp.sum(chosen, axis=-1), axis=-1), jnp.sum(weight, axis=-1)
+    cross_entropy = jnp.where((label >= 0) & (label < classes), -jnp.sum(chosen, axis=-1), jnp.nan)
+    return jnp.sum(weight * cross_entropy, axis=-1), jnp.sum(weight, axis=-1)
 
 
 def _mask_terms(key, logits, targets: Targets, maps, config) -> tuple[Array, Array]:

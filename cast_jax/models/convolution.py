@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from cast_jax.core.sharding import on_one_cpu
 
-_SMALL = 1024  # pixels of a map, up to which XLA's kernel gradient is as fast, and compiles faster
+_SMALL = 768  # pixels of a map, up to which XLA's kernel gradient takes about as long, and compiles faster
 
 
 class Conv3x3(nnx.Module):

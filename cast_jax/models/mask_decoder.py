@@ -121,15 +121,15 @@ class DecoderLayer(nnx.Module):
 
         dropped = jax.checkpoint(drop, static_argnums=2)  # else each part of ``keep`` would be kept for the gradient
 
-        @jax.checkpoint
-        def shrink(hidden: Array, keep: Array | None) -> Array:
+        @jax.checkpoint  # ``hidden`` is kept, and neither its signs nor what is left of it
+        def contract(hidden: Array, keep: Array | None) -> Array:
             return self.down(drop(jax.nn.relu(hidden), keep, 3 * dim))
 
         cross = self.cross(queries + query_positions, keys, values, allowed)
         queries = self.cross_norm(queries + dropped(cross, keep, 0))
         located = queries + query_positions
         queries = self.self_norm(queries + dropped(self.self_attention(located, located, queries), keep, dim))
-        return self.ffn_norm(queries + dropped(shrink(self.up(queries), keep), keep, 2 * dim))
+        return self.ffn_norm(queries + dropped(contract(self.up(queries), keep), keep, 2 * dim))
 
 
 class MLP(nnx.Module):

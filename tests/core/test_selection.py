@@ -30,4 +30,7 @@ def test_the_nearest_to_zero(count):
 def test_rows_are_taken_apart():
     values = np.random.default_rng(2).normal(size=(3, 50)).astype(np.float32)
     where = np.random.default_rng(3).integers(0, 50, (3, 20))
-    np.testing.assert_array_equal(take_rows(jnp.asarray(values), where), np.take_along_axis(values, where, axis=1))
+    np.testing.assert_array_equal(take_rows(values, where), np.take_along_axis(values, where, axis=1))
+    vectors = values.reshape(3, 25, 2)
+    expected = np.take_along_axis(vectors, where[..., None] // 2, axis=1)
+    np.testing.assert_array_equal(take_rows(vectors, where // 2), expected)

@@ -221,9 +221,19 @@ def test_an_instance_without_a_query_teaches_no_class():
     mask_logits, class_logits = logits()
     target = dataclasses.replace(targets(ignored=0.0), valid=jnp.ones((BATCH, INSTANCES), bool))
     (_, metrics), _ = dense(mask_logits[:, :, :1], class_logits[:, :, :1], target)
-    first, second = np.asarray(target.weights)  # of one instance in each image
-    assert np.isclose(first[:, None] + second, metrics["class"][1]).any()
+    cross_entropy = -np.asarray(jax.nn.log_softmax(class_logits[-1, :, 0]))
+    weights, labels = np.asarray(target.weights), np.asarray(target.labels)
+    sums = weights * np.take_along_axis(cross_entropy, labels, axis=1)  # of one instance in each image
+    matched = np.isclose(weights[0][:, None] + weights[1], metrics["class"][1])
+    assert matched.sum() == 1
+    np.testing.assert_allclose((sums[0][:, None] + sums[1])[matched], metrics["class"][0], rtol=1e-5)
     assert metrics["mask"][1] == BATCH
+
+
+def test_a_label_that_is_no_class_is_not_passed_over():
+    for label in (-1, CLASSES + 1):
+        target = dataclasses.replace(targets(), labels=jnp.full((BATCH, INSTANCES), label))
+        assert np.isnan(dense(*logits(), target)[0][0])
 
 
 def test_a_batch_without_instances_is_finite():

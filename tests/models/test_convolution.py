@@ -29,6 +29,8 @@ def test_cpu_gradients_equal_automatic_differentiation(size, monkeypatch):
     features, kernel = normal(3, *size, 4), normal(3, 3, 4, 5)
     gradient = normal(3, *size, 5)
     monkeypatch.setattr(convolution, "_SMALL", 0)
+    ours, calls = convolution._kernel_gradient, []
+    monkeypatch.setattr(convolution, "_kernel_gradient", lambda *maps: calls.append(maps) or ours(*maps))
 
     def differentiate(backend: str):
         monkeypatch.setattr(jax, "default_backend", lambda: backend)
@@ -37,6 +39,7 @@ def test_cpu_gradients_equal_automatic_differentiation(size, monkeypatch):
 
     for mine, expected in zip(differentiate("cpu"), differentiate("gpu"), strict=True):
         np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-5)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("small", [0, 1024])
