@@ -140,11 +140,7 @@ def convert(source, config: GroundingDinoConfig = CONFIG):
 
 
 def compare(converted_file, theirs: torch.nn.Module, given) -> dict[str, float]:
-    """The largest error of every stage, and the share of positions that both would have chosen themselves.
-
-    Errors are in standard deviations of what is expected where that is above 1, as in ``--verify``: plain logits reach
-    23, where PyTorch's own differ from those of float64 by 2e-5.
-    """
+    """The largest error of every stage, and the share of positions that both would have chosen themselves."""
     arrays, config = converted_file
     model = network(config)
     with torch.no_grad():
@@ -156,8 +152,7 @@ def compare(converted_file, theirs: torch.nn.Module, given) -> dict[str, float]:
         assert computed[name].shape == value.shape
         padding = np.isneginf(value)
         assert np.all(np.asarray(computed[name])[padding] == MASKED_LOGIT)
-        error = np.abs(np.asarray(computed[name]) - value)[~padding].max()
-        errors[name] = float(error / max(1.0, value[~padding].std()))
+        errors[name] = float(np.abs(np.asarray(computed[name]) - value)[~padding].max())
     assert max(errors.values()) > 0  # two computations
     best = lambda scores: np.argsort(-np.asarray(scores), axis=1, kind="stable")[:, : config.num_queries]
     chosen = zip(best(computed["logits/positions"]), best(expected["logits/positions"]), strict=True)
