@@ -27,6 +27,7 @@ from cast_jax.contrastive.scores import CandidateMap, candidate_map
 from cast_jax.core import target
 from cast_jax.core.selection import take
 
+_TOGETHER = 2**23  # about how many similarities a turn of groups makes on an accelerator: 32 MiB in float32
 _ROWS = 8  # anchors of a device that a row sampler serves at a time: what it holds grows with rows × candidates
 
 
@@ -230,6 +231,24 @@ def _ungrouped(arrays, shape: tuple[int, ...]):
     return jax.tree.map(join, arrays)
 
 
+def _groups_together(config: ContrastiveConfig, groups: int) -> int:
+    """How many groups take a turn together: one on a CPU, whose caches hold it; elsewhere kernels must be long."""
+    if target.backend() == "cpu":
+        return 1
+    most = max(_TOGETHER // (2 * config.num_slots * config.group_size), 1)
+    return -(-groups // -(-groups // most))
+
+
+def _in_turns(groups, together: int):
+    """[groups, ...] as [turns, together, ...], padded with groups of invalid anchors (zeros)."""
+
+    def split(array):
+        padded = jnp.pad(array, [(0, -len(array) % together)] + [(0, 0)] * (array.ndim - 1))
+        return padded.reshape(-1, together, *array.shape[1:])
+
+    return groups if together == 1 else jax.tree.map(split, groups)
+
+
 def _group_numbers(config: ContrastiveConfig, anchors: Anchors) -> Int[Array, "groups"]:
     """The groups' numbers in the batch of all devices, as ``_grouped`` orders them."""
     groups = number_of_groups(config, anchors.own.shape[1])
@@ -302,9 +321,8 @@ def _contrast_groups(config, key, z_anchors, z_positives, anchors: Anchors, pool
     numbers = _group_numbers(config, anchors)
     grouped = _grouped(config, (z_anchors, z_positives, anchors._replace(image=jnp.zeros_like(anchors.own))))
 
-    def step(carry, group):
-        sums, d_negatives = carry
-        number, (z_anchors, z_positives, anchors) = group
+    def contrast_group(number, group):
+        z_anchors, z_positives, anchors = group
         which, pool, shared = _propose(config, key, number, anchors, pools, centre, known)
         served = anchors.valid & (shared.accepted >= config.num_negatives)
         more, (d_anchors, d_positives, d_pool) = _contrast_rows(
@@ -318,14 +336,23 @@ def _contrast_groups(config, key, z_anchors, z_positives, anchors: Anchors, pool
             requested=requested,
         )
         more = _with_effective(more, pool.position[None], shared.taken[:1], served[:1])  # of one: it is costly
-        return (_add(sums, more), pools.add(which, d_pool, d_negatives)), (
-            d_anchors,
-            d_positives,
-            anchors.valid & ~served,
-        )
+        return which, more, d_pool, (d_anchors, d_positives, anchors.valid & ~served)
+
+    def contrast_together(numbers, groups):
+        which, more, d_pools, of_anchors = jax.vmap(contrast_group)(numbers, groups)
+        return which, jax.tree.map(lambda each: jnp.sum(each, axis=0), more), d_pools, of_anchors
+
+    together = _groups_together(config, len(numbers))
+
+    def step(carry, groups):
+        sums, d_negatives = carry
+        which, more, d_pool, of_anchors = (contrast_group if together == 1 else contrast_together)(*groups)
+        return (_add(sums, more), pools.add(which, d_pool, d_negatives)), of_anchors
 
     d_negatives = jnp.zeros_like(_wide(known.z if pools.exchanged is None else pools.exchanged.z))
-    (sums, d_negatives), by_group = jax.lax.scan(step, (_no_sums(), d_negatives), (numbers, grouped))
+    turns = _in_turns((numbers, grouped), together)
+    (sums, d_negatives), by_turn = jax.lax.scan(step, (_no_sums(), d_negatives), turns)
+    by_group = by_turn if together == 1 else jax.tree.map(lambda array: _flatten(array)[: len(numbers)], by_turn)
     d_anchors, d_positives, short = _ungrouped(by_group, anchors.own.shape)
     return sums, (d_anchors, d_positives, d_negatives), short
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from cast_jax.core import target
 from cast_jax.core.sharding import on_one_cpu
 
 MASKED = -1e4  # the logit of what a query may not see: small enough, and not so small that log(keys) drowns in it
@@ -27,15 +28,31 @@ def attend(
     """
     if on_one_cpu():
         return _attend_head_by_head(query, key, value, mask)
-    implementation: Literal["cudnn", "xla"] = "cudnn" if mask is None and _fits_cudnn(query) else "xla"
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
+    if _fits_cudnn(query):
+        return _attend_fused(query, key, value, mask)
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
 
 
 def _fits_cudnn(query: Array) -> bool:
     """Whether cuDNN's fused attention takes such queries: half precision, narrow heads, Ampere or later."""
-    capability = getattr(jax.local_devices()[0], "compute_capability", "")
+    capability = getattr(target.devices()[0], "compute_capability", "")
     ampere = re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8.0
     return ampere and query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
+
+
+def _attend_fused(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+    """cuDNN's attention, whose gradient wants even numbers of queries and keys: odd ones get one more, not seen."""
+    queries, keys = query.shape[1], key.shape[1]
+    even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+    lengths = None
+    if mask is not None:
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, queries % 2), (0, keys % 2)))
+    elif keys % 2:
+        lengths = jnp.full(len(key), keys, jnp.int32)
+    mixed = jax.nn.dot_product_attention(
+        even(query), even(key), even(value), mask=mask, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+    return mixed[:, :queries]
 
 
 def _attend_head_by_head(query: Array, key: Array, value: Array, mask: Array | None) -> Array:

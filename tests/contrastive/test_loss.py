@@ -83,6 +83,40 @@ def explicit(key, config, inputs):
 _negatives = jax.jit(draw_negatives, static_argnums=1)
 
 
+@pytest.mark.parametrize("options", [{"symmetric": True}, {"slots": 32, "max_pools": 3}], ids=["symmetric", "short"])
+def test_groups_that_take_a_turn_together_change_nothing(options, monkeypatch):
+    config = ContrastiveConfig(num_negatives=K, group_size=7, **options)  # 8 groups a direction
+    inputs = make_inputs()
+
+    def graded(z_weak, z_strong):
+        loss, count, metrics = contrastive_loss(
+            jax.random.key(3), config, **inputs | {"z_weak": z_weak, "z_strong": z_strong}
+        )
+        return loss / count, metrics
+
+    def run():
+        whole = lambda *z: jax.value_and_grad(graded, argnums=(0, 1), has_aux=True)(*z)
+        return jax.jit(whole)(inputs["z_weak"], inputs["z_strong"])
+
+    apart = run()
+    monkeypatch.setattr(contrast, "_groups_together", lambda config, groups: 3)
+    for one, other in zip(jax.tree.leaves(run()), jax.tree.leaves(apart), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+    (short, anchors), some = apart[0][1]["contrastive/short_rows"], "slots" in options
+    assert (0 < short < anchors) == some
+
+
+def test_groups_take_turns_alone_on_a_cpu_and_together_elsewhere(monkeypatch):
+    config = ContrastiveConfig()
+    assert contrast._groups_together(config, 2744) == 1
+    monkeypatch.setattr(contrast.target, "backend", lambda: "gpu")
+    together = contrast._groups_together(config, 2744)
+    assert together * config.group_size * 2 * config.num_slots <= 2**23
+    assert 2744 / together < 60
+    assert contrast._groups_together(config, 5) == 5
+    assert contrast._groups_together(ContrastiveConfig(num_negatives=65_536), 2744) == 1
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
+from cast_jax.core import target
+from cast_jax.models import attention
 from cast_jax.models.attention import attend
 
 RANDOM = np.random.default_rng(0)
@@ -45,6 +49,42 @@ def test_equals_torch(backend, heads, monkeypatch):
 
     for mine, expected in zip(ours(QUERY, KEY, VALUE), torch_attention(mask), strict=True):
         np.testing.assert_allclose(mine, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("heads", [None, 1, 3])
+def test_the_fused_kernel_is_given_even_numbers_of_queries_and_keys(heads, monkeypatch):
+    computed = jax.nn.dot_product_attention
+
+    def fused(query, key, value, *, implementation, **options):  # what jax's own checks ask for, computed without cuDNN
+        assert implementation == "cudnn"
+        assert query.shape[1] % 2 == key.shape[1] % 2 == value.shape[1] % 2 == 0
+        return computed(query, key, value, implementation="xla", **options)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    monkeypatch.setattr(attention, "_fits_cudnn", lambda query: True)
+    mask = make_mask(heads)
+    result, pull = jax.vjp(lambda *inputs: attend(*inputs, mask), QUERY, KEY, VALUE)
+    for mine, expected in zip((result, *pull(GRADIENT)), torch_attention(mask), strict=True):
+        np.testing.assert_allclose(mine, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "dim", "fits"),
+    [
+        ("9.0", jnp.bfloat16, 64, True),
+        ("8.0", jnp.float16, 48, True),
+        ("7.5", jnp.bfloat16, 64, False),
+        ("9.0", jnp.float32, 64, False),
+        ("9.0", jnp.bfloat16, 60, False),
+        ("9.0", jnp.bfloat16, 256, False),
+        ("gfx942", jnp.bfloat16, 64, False),
+    ],
+)
+def test_where_the_fused_kernel_applies(capability, dtype, dim, fits, monkeypatch):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(target, "devices", lambda: [device])
+    assert attention._fits_cudnn(jnp.zeros((1, 2, 1, dim), dtype)) == fits
 
 
 def test_a_query_that_may_look_nowhere_stays_finite_and_teaches_nothing():
