@@ -1,11 +1,13 @@
 """Profiles the update that a run would make: its operations, memory, traffic and time, in all and by part of the model.
 
 python scripts/profile_step.py --config configs/cityscapes.py:distill [--config.… as for a run] \
-    [--workdir DIR] [--steps N] [--trace DIR] [--hlo FILE] [--json FILE] [--peak TFLOPS] [--abstract | --tpu v5e:2x2]
+    [--workdir DIR] [--steps N] [--trace DIR] [--hlo FILE] [--json FILE] [--peak TFLOPS] \
+    [--abstract | --gpu h200 | --tpu v5e:2x2]
 
 Recipe, sizes, mesh and optimiser are the run's; weights are random. Images are the run's if the configuration names
 some, and noise otherwise; pseudo-labels are those in the workdir, or else the labelled images take their place.
-``--abstract`` only compiles: a full-size step on a small machine. So does ``--tpu``, for a slice that is not there.
+``--abstract`` only compiles: a full-size step on a small machine. So do ``--gpu`` and ``--tpu``, for devices that are
+not there, but whose compilers are (cast_jax[cuda], cast_jax[tpu]).
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ _HLO = flags.DEFINE_string("hlo", None, "File for the compiled program's text.")
 _JSON = flags.DEFINE_string("json", None, "File for all figures.")
 _PEAK = flags.DEFINE_float("peak", None, "What a device can do at most, TFLOP/s, where its name does not tell.")
 _ABSTRACT = flags.DEFINE_bool("abstract", False, "Compile only: nothing is allocated, nothing runs.")
+_GPU = flags.DEFINE_string("gpu", None, f"GPU to compile for, or several such as h100:8: {', '.join(target.GPUS)}.")
 _TPU = flags.DEFINE_string("tpu", None, "TPU slice to compile for, such as v5e:2x2; needs libtpu. As --abstract.")
 _CLASSES = flags.DEFINE_integer("classes", 8, "Classes, where there are no images to tell.", lower_bound=1)
 _INSTANCES = flags.DEFINE_integer("instances", 20, "Instances an image, where there are no images to tell.")
@@ -64,16 +67,24 @@ def main(argv: list[str]) -> None:
     setup_logging()
     try:
         setup(config["runtime"])
-        elsewhere = target.tpu_slice(_TPU.value) if _TPU.value else contextlib.nullcontext()
-        with elsewhere, tempfile.TemporaryDirectory() as folder:
+        with machine(), tempfile.TemporaryDirectory() as folder:
             profile(config, Path(flags.FLAGS.workdir or folder), Path(_TRACE.value or Path(folder) / "trace"))
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
+def machine() -> contextlib.AbstractContextManager[None]:
+    """Within, programs are for the machine that the flags name."""
+    if _GPU.value and _TPU.value:
+        raise UserError("--gpu and --tpu: name one of them")
+    if _GPU.value:
+        return target.gpus(_GPU.value)
+    return target.tpu_slice(_TPU.value) if _TPU.value else contextlib.nullcontext()
+
+
 def profile(config: dict[str, Any], workdir: Path, trace: Path) -> None:
     """Compiles ``config.step``'s update, runs it and prints what it costs."""
-    abstract = bool(_ABSTRACT.value or _TPU.value)
+    abstract = bool(_ABSTRACT.value or _GPU.value or _TPU.value)
     pipeline = Pipeline(config, workdir)
     run, name = pipeline.config, pipeline.config.step
     check_settings(run, pipeline.mesh)

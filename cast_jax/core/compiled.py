@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,24 @@ COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "
 # Instructions that run others, which a trace lists by themselves.
 _CONTROL = ("while", "conditional", "call")
 
+# Instructions that only name what is there.
+_NOTHING = (
+    "parameter",
+    "constant",
+    "bitcast",
+    "get-tuple-element",
+    "tuple",
+    "after-all",
+    "opt-barrier",
+    "partition-id",
+)
+
 _COLLECTIVE = re.compile(rf"= (?P<shape>.*?) (?P<name>{'|'.join(COLLECTIVES)})(?P<start>-start)?\(")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?:\(.*?\)|\S+) (?P<kind>[\w-]+)\(")
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) .*\{$")
 _CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|\w+_computations?)=(\{[^}]*\}|%?[\w.-]+)")
+_ORIGIN = re.compile(r'metadata=\{[^}]*op_name="([^"]*)"')
+_CONDITION = re.compile(r"\bcondition=%?[\w.-]+")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\]")
 
@@ -47,7 +62,7 @@ def instructions(program: Any) -> tuple[str, dict[str, str | None]]:
     found: dict[str, str | None] = {}
     for line in text.splitlines():
         if match := _INSTRUCTION.match(line):
-            origin = re.search(r'metadata=\{[^}]*op_name="([^"]*)"', line)
+            origin = _ORIGIN.search(line)
             runs_others = match["kind"] in _CONTROL and "xla_cpu_small_call" not in line  # that is one kernel
             found[match["name"]] = None if runs_others else origin[1] if origin else ""
     return text.removeprefix("HloModule ").split(",", 1)[0].split()[0], found
@@ -58,27 +73,61 @@ def collective_bytes(program: Any) -> dict[str, int]:
 
     Operations inside loops count as often as the loop turns; where the program does not say how often, once.
     """
-    sent: dict[str, Counter[str]] = {}
+
+    def sent(line: str) -> dict[str, int]:
+        if not (match := _COLLECTIVE.search(line)):
+            return {}
+        arrays = [_bytes(*array) for array in _ARRAY.findall(match["shape"])]
+        # What is started asynchronously names its operands beside its results.
+        return {match["name"]: sum(arrays[len(arrays) // 2 :] if match["start"] else arrays)}
+
+    return _total(program, sent, followed=lambda kind: True)
+
+
+def launches(program: Any) -> dict[str, int]:
+    """How many kernels a GPU's program launches (or libraries' functions it calls), by operation name ("" for none).
+
+    Those inside loops count as often as the loop turns, once where the program does not say how often; those of all
+    branches count.
+    """
+
+    def launched(line: str) -> dict[str, int]:
+        match = _INSTRUCTION.match(line)
+        if match is None or match["kind"] in (*_CONTROL, *_NOTHING) or match["kind"].endswith("-done"):
+            return {}
+        origin = _ORIGIN.search(line)
+        return {origin[1] if origin else "": 1}
+
+    return _total(program, launched, followed=lambda kind: kind in _CONTROL)
+
+
+def _total(
+    program: Any, measure: Callable[[str], Mapping[str, int]], followed: Callable[[str], bool]
+) -> dict[str, int]:
+    """What ``measure`` finds in the instructions of a program, and of what instructions of ``followed`` kinds call."""
+    own: dict[str, Counter[str]] = {}
     calls: dict[str, list[tuple[str, int]]] = {}
     computation = entry = ""
     for line in program.as_text().splitlines():
         if header := _COMPUTATION.match(line):
             computation = header["name"]
             entry = computation if header["entry"] else entry
-            sent[computation], calls[computation] = Counter(), []
-        if match := _COLLECTIVE.search(line):
-            arrays = [_bytes(*array) for array in _ARRAY.findall(match["shape"])]
-            # What is started asynchronously names its operands beside its results.
-            sent[computation][match["name"]] += sum(arrays[len(arrays) // 2 :] if match["start"] else arrays)
+            own[computation], calls[computation] = Counter(), []
+        if not computation:
+            continue
+        own[computation].update(measure(line))
+        match = _INSTRUCTION.match(line)
+        if match is None or not followed(match["kind"]):
+            continue
         turns = _TURNS.search(line)
-        for called in _CALLED.findall(line) if computation else ():
+        for called in _CALLED.findall(_CONDITION.sub("", line) if turns else line):
             calls[computation] += [(name, int(turns[1]) if turns else 1) for name in re.findall(r"[\w.-]+", called)]
 
     @functools.cache
     def total(computation: str) -> Counter[str]:
-        found = Counter(sent[computation])
+        found = Counter(own[computation])
         for name, times in calls[computation]:
-            found.update({operation: times * size for operation, size in total(name).items()})
+            found.update({operation: times * amount for operation, amount in total(name).items()})
         return found
 
     return dict(total(entry))

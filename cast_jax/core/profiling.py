@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jax.profiler import ProfileData
 
-from cast_jax.core.compiled import collective_bytes, cost_analysis, instructions, memory_bytes
+from cast_jax.core.compiled import collective_bytes, cost_analysis, instructions, launches, memory_bytes
 from cast_jax.core.config import check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.core.files import write_json
@@ -59,7 +59,7 @@ def part_of(path: str) -> tuple[str, str]:
     scope = next((name for name in reversed(names) if name in SCOPES), "other")
     # The gradient of what was computed again has a name that is transposed twice.
     again = steps.count("rematted_computation") > any(step.startswith("transpose(transpose(") for step in steps)
-    backward = any(step.startswith("transpose(") for step in steps)
+    backward = any(re.match(r"(vmap\()*transpose\(", step) for step in steps)
     return scope, "recomputed" if again else "backward" if backward else "forward"
 
 
@@ -71,6 +71,14 @@ def by_part(amounts: Mapping[str, float]) -> dict[str, dict[str, float]]:
         phases = found.setdefault(scope, dict.fromkeys(PHASES, 0.0))
         phases[phase] += amount
     return found
+
+
+def by_scope(amounts: Mapping[str, int]) -> dict[str, int]:
+    """The same by scope alone."""
+    found: collections.Counter[str] = collections.Counter()
+    for path, amount in amounts.items():
+        found[part_of(path)[0]] += amount
+    return dict(found)
 
 
 def operation_seconds(trace: Path, program: Any) -> dict[str, float]:
@@ -165,6 +173,7 @@ def report(step: TrainStep, *, peak: float | None = None) -> dict[str, Any]:
             "limit": memory_limit(),
         },
         "collectives": collective_bytes(step.program),
+        "launches": by_scope(launches(step.program)) if device.platform == "gpu" else None,
     }
 
 
@@ -197,6 +206,12 @@ def as_text(report: Mapping[str, Any]) -> str:
         f"arguments, {size(memory['temporaries'])} of temporaries",
         f"exchanged   {sent or 'nothing'} (a device)",
     ]
+    if report["launches"]:
+        most = sorted(report["launches"].items(), key=lambda part: -part[1])
+        parts = ", ".join(f"{name} {count:,}" for name, count in most)
+        lines.append(
+            f"launched    {sum(report['launches'].values()):,} kernels (loops of unknown length once): {parts}"
+        )
     if "seconds" in report:
         share = "no peak known" if report["mfu"] is None else f"{100 * report['mfu']:.1f} % of the peak (MFU)"
         speed = _giga(report["flops_per_second"])

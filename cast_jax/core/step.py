@@ -221,10 +221,17 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _compiler_options() -> dict[str, int]:
-    """For CPUs LLVM's first level: a tenth less time to compile, and the update is as fast. A user's choice stands."""
-    level = "xla_backend_optimization_level"
-    return {level: 1} if target.backend() == "cpu" and level not in os.environ.get("XLA_FLAGS", "") else {}
+def _compiler_options() -> dict[str, int | bool]:
+    """For CPUs LLVM's first level: a tenth less time to compile, and the update is as fast. A user's choice stands.
+
+    For GPUs that are not here no Triton products: without a GPU to try them on XLA may find no size of their tiles.
+    """
+    chosen: dict[str, int | bool] = {}
+    if target.backend() == "cpu":
+        chosen = {"xla_backend_optimization_level": 1}
+    elif target.backend() == "gpu" and target.absent():
+        chosen = {"xla_gpu_enable_triton_gemm": False}
+    return {name: value for name, value in chosen.items() if name not in os.environ.get("XLA_FLAGS", "")}
 
 
 def _report_memory(name: str, needed: int | None, limit: int | None) -> None:

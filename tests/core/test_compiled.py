@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cast_jax.core.compiled import collective_bytes
+from cast_jax.core.compiled import collective_bytes, launches
 
 TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[4]{0})->f32[4]{0}}
 
@@ -12,6 +12,7 @@ TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[
 
 %inner (state: (s32[], f32[8])) -> (s32[], f32[8]) {
   %part = f32[8]{0} all-gather(%x), dimensions={0}
+  %fused = f32[8]{0} fusion(%part), kind=kLoop, calls=%add, metadata={op_name="jit(step)/encoder/add"}
 }
 
 %body (state: (s32[], f32[4])) -> (s32[], f32[4]) {
@@ -50,4 +51,13 @@ def test_what_a_loop_sends_counts_as_often_as_it_turns():
         "all-reduce": 4 * 4 * (1 + 12),
         "all-gather": 4 * 8 * (12 * 3 + 1),
         "collective-permute": 4 * 2,
+    }
+
+
+def test_kernels_are_counted_as_often_as_they_run():
+    inner, condition = 12 * 3 + 1, 1  # of the loop of unknown length, once; the others' are not computed
+    once = {"first": 1, "both branches": 2}
+    assert launches(Program()) == {
+        "": 12 + inner + condition + sum(once.values()),
+        "jit(step)/encoder/add": inner,
     }

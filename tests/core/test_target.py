@@ -45,3 +45,42 @@ def test_what_is_missing_is_named(monkeypatch, error, hint):
     monkeypatch.setattr(topologies, "get_topology_desc", fail)
     with pytest.raises(UserError, match=f"TPU slice 'v9'.*{hint}"), target.tpu_slice("v9"):
         raise AssertionError("not reached")
+
+
+def test_within_gpus_they_are_for_gpus_of_that_kind(monkeypatch):
+    class Device:
+        platform, process_index = "gpu", 0
+
+    asked = {}
+
+    def described(name, platform, **options):
+        asked.update(options, name=name, platform=platform)
+        return types.SimpleNamespace(devices=[Device() for _ in range(8)])
+
+    monkeypatch.setattr(topologies, "get_topology_desc", described)
+    monkeypatch.setattr(jax.config, "update", lambda name, value: asked.update({name: value}))
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    with target.gpus("h100:8"):
+        assert target.backend() == "gpu"
+        assert target.absent()
+        assert make_mesh({"fsdp": 2}).shape == {"data": 4, "fsdp": 2}
+        assert runtime.memory_limit() == pytest.approx(0.75 * 84.94e9, rel=1e-3)
+    assert not target.absent()
+    assert (asked["platform"], asked["topology"], asked["jax_platforms"]) == ("cuda", "1x1x8", "cpu")
+    assert "core_count: 132" in asked["target_config"]
+
+
+@pytest.mark.parametrize("name", ["h300", "h100:0", "h100:x", "8"])
+def test_gpus_that_nobody_knows_are_refused(name):
+    with pytest.raises(UserError, match=f"GPU '{name}'; known: h200, h100, .* such as h100:8"), target.gpus(name):
+        raise AssertionError("not reached")
+
+
+def test_gpus_without_their_compiler_name_what_to_install(monkeypatch):
+    def fail(*_, **__):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", fail)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    with pytest.raises(UserError, match=r"not implemented for cuda.*cast_jax\[cuda\]"), target.gpus("l4"):
+        raise AssertionError("not reached")
