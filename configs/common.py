@@ -65,7 +65,12 @@ def base(arguments: FrozenConfigDict, file: str) -> ConfigDict:
     config.seed = arguments.seed
     config.pipeline = PIPELINE
     config.embedding_dim = 128  # of the projection head (chosen)
-    config.runtime = {"compilation_cache": placeholder(str), "debug_nans": False, "xla_flags": ""}
+    config.runtime = {
+        "compilation_cache": placeholder(str),
+        "debug_nans": False,
+        "fused_attention": True,
+        "xla_flags": "",
+    }
     config.mesh = {"data": -1, "fsdp": 1}
     config.profile = {"start": 10, "steps": 0}  # trace so many updates of each trained step, after the first ten
     # Several processes: "auto" (SLURM, Open MPI, Kubernetes, TPU pods), or HOST:PORT of process 0 with the two numbers.

@@ -27,7 +27,7 @@ from cast_jax.contrastive.scores import CandidateMap, candidate_map
 from cast_jax.core import target
 from cast_jax.core.selection import take
 
-_TOGETHER = 2**23  # about how many similarities a turn of groups makes on an accelerator: 32 MiB in float32
+_TOGETHER = 2**23  # about how many numbers an array of a turn has on an accelerator: 32 MiB in float32
 _ROWS = 8  # anchors of a device that a row sampler serves at a time: what it holds grows with rows × candidates
 
 
@@ -231,11 +231,11 @@ def _ungrouped(arrays, shape: tuple[int, ...]):
     return jax.tree.map(join, arrays)
 
 
-def _groups_together(config: ContrastiveConfig, groups: int) -> int:
-    """How many groups take a turn together: one on a CPU, whose caches hold it; elsewhere kernels must be long."""
+def _groups_together(config: ContrastiveConfig, groups: int, size: int, embedding: int) -> int:
+    """How many groups of ``size`` take a turn: one on a CPU, whose caches hold it; elsewhere kernels must be long."""
     if target.backend() == "cpu":
         return 1
-    most = max(_TOGETHER // (2 * config.num_slots * config.group_size), 1)
+    most = max(_TOGETHER // (2 * config.num_slots * max(size, embedding)), 1)
     return -(-groups // -(-groups // most))
 
 
@@ -342,7 +342,7 @@ def _contrast_groups(config, key, z_anchors, z_positives, anchors: Anchors, pool
         which, more, d_pools, of_anchors = jax.vmap(contrast_group)(numbers, groups)
         return which, jax.tree.map(lambda each: jnp.sum(each, axis=0), more), d_pools, of_anchors
 
-    together = _groups_together(config, len(numbers))
+    together = _groups_together(config, *grouped[0].shape)
 
     def step(carry, groups):
         sums, d_negatives = carry

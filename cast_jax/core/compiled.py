@@ -17,14 +17,8 @@ _CONTROL = ("while", "conditional", "call")
 
 # Instructions that only name what is there.
 _NOTHING = (
-    "parameter",
-    "constant",
-    "bitcast",
-    "get-tuple-element",
-    "tuple",
-    "after-all",
-    "opt-barrier",
-    "partition-id",
+    *("parameter", "constant", "bitcast", "get-tuple-element", "tuple"),
+    *("after-all", "add-dependency", "opt-barrier", "partition-id", "replica-id"),
 )
 
 _COLLECTIVE = re.compile(rf"= (?P<shape>.*?) (?P<name>{'|'.join(COLLECTIVES)})(?P<start>-start)?\(")

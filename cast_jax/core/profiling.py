@@ -58,7 +58,8 @@ def part_of(path: str) -> tuple[str, str]:
     names = [re.sub(r"^(\w+\()*|\)*$", "", step) for step in steps if not step.startswith("jit(")]
     scope = next((name for name in reversed(names) if name in SCOPES), "other")
     # The gradient of what was computed again has a name that is transposed twice.
-    again = steps.count("rematted_computation") > any(step.startswith("transpose(transpose(") for step in steps)
+    twice = any(re.match(r"(vmap\()*transpose\(transpose\(", step) for step in steps)
+    again = steps.count("rematted_computation") > twice
     backward = any(re.match(r"(vmap\()*transpose\(", step) for step in steps)
     return scope, "recomputed" if again else "backward" if backward else "forward"
 

@@ -25,15 +25,16 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 CGROUP_LIMITS = tuple(map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")))
 _STOPPING = "%s: stopping; run the same command again to continue"
-SETTINGS = {"compilation_cache": None, "debug_nans": False, "xla_flags": ""}
+SETTINGS = {"compilation_cache": None, "debug_nans": False, "fused_attention": True, "xla_flags": ""}
+_applied = dict(SETTINGS)
 
 
 def setup(config: Mapping[str, Any] | None = None) -> None:
     """Applies process-wide jax settings; call once, before the first computation.
 
     ``config`` may set ``compilation_cache`` (a folder; None: under the XDG cache; "": off), ``debug_nans`` (stop at
-    the operation that makes a NaN; slow) and ``xla_flags`` (added to the environment's XLA_FLAGS). Unknown keys raise
-    :class:`UserError`.
+    the operation that makes a NaN; slow), ``fused_attention`` (False: never cuDNN's kernel, should it refuse) and
+    ``xla_flags`` (added to the environment's XLA_FLAGS). Unknown keys raise :class:`UserError`.
     """
     config = dict(config or {})
     if unknown := set(config) - set(SETTINGS):
@@ -54,6 +55,12 @@ def setup(config: Mapping[str, Any] | None = None) -> None:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     jax.config.update("jax_debug_nans", bool(settings["debug_nans"]))
+    _applied.update(settings)
+
+
+def fused_attention() -> bool:
+    """Whether attention may be a library's fused kernel."""
+    return bool(_applied["fused_attention"])
 
 
 def end(code: int) -> NoReturn:

@@ -42,7 +42,7 @@ GPUS = {
     "rtx4090": Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128, 1536, 128, 100, 72, 2.52, 1.008, 25_393_692_672),
     "l4": Gpu("NVIDIA L4", (8, 9), 58, 1536, 128, 100, 48, 2.04, 0.3, 23_580_639_232),
 }
-_TAKEN = 0.75  # the share of a GPU's memory that jax takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+_TAKEN = 0.75  # the share of a GPU's memory that jax takes, unless it is told otherwise
 
 
 class _Elsewhere(NamedTuple):
@@ -100,7 +100,7 @@ def gpus(name: str) -> Iterator[None]:
 
     They need not be here: programs can be compiled, not run. XLA knows the GPU by its description, and takes what it
     would otherwise try out (algorithms of products and convolutions) by default. To be entered before jax is first
-    used, which it turns to the CPU.
+    used, which it turns to the CPU and tells not to look for the driver, for the rest of the process.
 
     Raises:
       UserError: no such kind is known, or jax's CUDA libraries are not installed.
@@ -115,10 +115,10 @@ def gpus(name: str) -> Iterator[None]:
     try:
         described = topologies.get_topology_desc(kind, platform="cuda", **options).devices
     except Exception as error:  # of many kinds
-        hint = "install jax's CUDA libraries: pip install 'cast_jax[cuda]'"
+        missing = not isinstance(error, jax.errors.JaxRuntimeError)
+        hint = "install jax's CUDA libraries: pip install 'cast_jax[cuda]'" if missing else "this jax cannot do it"
         raise UserError(f"cannot compile for the GPU {name!r} ({error}); {hint}") from error
-    taken = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", _TAKEN))
-    with _elsewhere(_Elsewhere(tuple(described), int(taken * gpu.memory))):
+    with _elsewhere(_Elsewhere(tuple(described), int(_TAKEN * gpu.memory))):
         yield
 
 

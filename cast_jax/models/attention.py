@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from cast_jax.core import target
+from cast_jax.core.runtime import fused_attention
 from cast_jax.core.sharding import on_one_cpu
 
 MASKED = -1e4  # the logit of what a query may not see: small enough, and not so small that log(keys) drowns in it
@@ -34,14 +35,15 @@ def attend(
 
 
 def _fits_cudnn(query: Array) -> bool:
-    """Whether cuDNN's fused attention takes such queries: half precision, narrow heads, Ampere or later."""
+    """Whether cuDNN's fused attention takes such queries, half precision, narrow heads, Ampere or later, and may."""
     capability = getattr(target.devices()[0], "compute_capability", "")
     ampere = re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8.0
-    return ampere and query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
+    half, dim = query.dtype in (jnp.bfloat16, jnp.float16), query.shape[-1]
+    return fused_attention() and ampere and half and dim % 8 == 0 and dim <= 128
 
 
 def _attend_fused(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
-    """cuDNN's attention, whose gradient wants even numbers of queries and keys: odd ones get one more, not seen."""
+    """cuDNN's attention. jax's gradient of it refuses odd numbers of queries or keys: they get one more, not seen."""
     queries, keys = query.shape[1], key.shape[1]
     even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
     lengths = None
@@ -52,6 +54,8 @@ def _attend_fused(query: Array, key: Array, value: Array, mask: Array | None) ->
     mixed = jax.nn.dot_product_attention(
         even(query), even(key), even(value), mask=mask, key_value_seq_lengths=lengths, implementation="cudnn"
     )
+    if mask is not None:  # of a query that may look nowhere cuDNN would pass gradients on
+        mixed = jnp.where(jnp.swapaxes(jnp.any(mask, axis=-1, keepdims=True), 1, 2), mixed, 0)
     return mixed[:, :queries]
 
 

@@ -62,6 +62,8 @@ def test_instructions_and_what_they_were_made_of():
             "transpose(jvp(encoder))/transpose(transpose(jvp(encoder)))/rematted_computation/jvp()/dot",
             ("encoder", "backward"),
         ),
+        ("jit(_step)/jvp(contrastive)/while/body/vmap(transpose(jvp()))/mul", ("contrastive", "backward")),
+        ("rematted_computation/vmap(transpose(transpose(jvp(encoder))))/mul", ("encoder", "backward")),
         ("jit(_step)/optimizer/mul", ("optimizer", "forward")),
         ("", ("other", "forward")),
     ],

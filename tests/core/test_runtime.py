@@ -37,6 +37,16 @@ def test_xla_flags_are_added_to_those_of_the_environment(monkeypatch):
         jax.config.update("jax_compilation_cache_dir", previous)
 
 
+def test_fused_attention_can_be_turned_off():
+    previous = jax.config.jax_compilation_cache_dir
+    try:
+        for allowed in (False, True):
+            runtime.setup({"compilation_cache": "", "fused_attention": allowed})
+            assert runtime.fused_attention() == allowed
+    finally:
+        jax.config.update("jax_compilation_cache_dir", previous)
+
+
 def test_programs_are_kept_by_default_under_xdg(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert runtime.default_cache_folder().parent == tmp_path / "cast_jax"

@@ -59,7 +59,7 @@ def test_within_gpus_they_are_for_gpus_of_that_kind(monkeypatch):
 
     monkeypatch.setattr(topologies, "get_topology_desc", described)
     monkeypatch.setattr(jax.config, "update", lambda name, value: asked.update({name: value}))
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "")  # and back
     with target.gpus("h100:8"):
         assert target.backend() == "gpu"
         assert target.absent()
@@ -82,5 +82,6 @@ def test_gpus_without_their_compiler_name_what_to_install(monkeypatch):
 
     monkeypatch.setattr(topologies, "get_topology_desc", fail)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "")  # and back
     with pytest.raises(UserError, match=r"not implemented for cuda.*cast_jax\[cuda\]"), target.gpus("l4"):
         raise AssertionError("not reached")

@@ -85,9 +85,21 @@ def test_where_the_fused_kernel_applies(capability, dtype, dim, fits, monkeypatc
     device = types.SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(target, "devices", lambda: [device])
     assert attention._fits_cudnn(jnp.zeros((1, 2, 1, dim), dtype)) == fits
+    monkeypatch.setattr(attention, "fused_attention", lambda: False)
+    assert not attention._fits_cudnn(jnp.zeros((1, 2, 1, dim), dtype))
 
 
-def test_a_query_that_may_look_nowhere_stays_finite_and_teaches_nothing():
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_query_that_may_look_nowhere_stays_finite_and_teaches_nothing(fused, monkeypatch):
+    computed = jax.nn.dot_product_attention
+
+    def added(query, key, value, *, mask, **_):  # as jax tells cuDNN of a mask
+        return computed(query, key, value, jnp.where(mask, 0.0, -(2.0**41)))
+
+    if fused:
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(jax.nn, "dot_product_attention", added)
+        monkeypatch.setattr(attention, "_fits_cudnn", lambda query: True)
     mask = np.ones((2, 1, 5, 7), bool)
     mask[0, 0, 3] = False
     result, pull = jax.vjp(lambda query, key: attend(query, key, VALUE, mask), QUERY, KEY)

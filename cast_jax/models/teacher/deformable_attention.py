@@ -1,8 +1,8 @@
 """Multi-scale deformable attention (Zhu et al., 2021): every query reads a few positions of every map, by gathers.
 
 A query's reads are ``4 * levels * points`` weighted rows of one table, since a bilinear read is four of them. They are
-added up tap by tap in float32, and queries go through in chunks that are computed again in the gradient, so that
-memory grows with neither their number nor the taps'.
+added up in float32, on a CPU tap by tap, elsewhere all at once, since there every kernel costs some microseconds.
+Queries go through in chunks that are computed again in the gradient, so that memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from cast_jax.core import target
 from cast_jax.models.layers import Linear
 from cast_jax.models.teacher.chunks import in_chunks
 
@@ -151,6 +152,8 @@ def _weighted_rows(
     weights: Float[Array, "taps batch queries heads"],
 ) -> Float[Array, "batch queries heads features"]:
     """``sum over taps: weights * table[rows]``. Differentiated by JAX, every tap would make a whole table of zeros."""
+    if target.backend() != "cpu":
+        return jnp.sum(weights[..., None] * _take(table, rows, axis=1), axis=0)
 
     def add(total: Array, tap: tuple[Array, Array]) -> tuple[Array, None]:
         row, weight = tap
@@ -166,13 +169,18 @@ def _weighted_rows_forward(table: Array, rows: Array, weights: Array):
 
 def _weighted_rows_backward(residuals: tuple[Array, Array, Array], gradient: Array):
     table, rows, weights = residuals
-    scatter = jax.vmap(lambda table, row, update: table.at[row].add(update, mode="promise_in_bounds"))
 
-    def add(total: Array, tap: tuple[Array, Array]) -> tuple[Array, Array]:
+    def add(total: Array, tap: tuple[Array, Array], axis: int = 0) -> tuple[Array, Array]:
         row, weight = tap
-        return scatter(total, row, weight[..., None] * gradient), jnp.sum(_take(table, row) * gradient, axis=-1)
+        scatter = lambda table, row, update: table.at[row].add(update, mode="promise_in_bounds")
+        total = jax.vmap(scatter, in_axes=(0, axis, axis))(total, row, weight[..., None] * gradient)
+        return total, jnp.sum(_take(table, row, axis) * gradient, axis=-1)
 
-    to_table, to_weights = jax.lax.scan(add, jnp.zeros(table.shape, jnp.float32), (rows, weights))
+    empty = jnp.zeros(table.shape, jnp.float32)
+    if target.backend() != "cpu":
+        to_table, to_weights = add(empty, (rows, weights), axis=1)
+    else:
+        to_table, to_weights = jax.lax.scan(add, empty, (rows, weights))
     return to_table.astype(table.dtype), None, to_weights
 
 
@@ -180,11 +188,11 @@ _weighted_rows.defvjp(_weighted_rows_forward, _weighted_rows_backward)
 
 
 def _take(
-    table: Float[Array, "batch rows features"], rows: Int[Array, "batch queries heads"]
-) -> Float[Array, "batch queries heads features"]:
-    """Rows in float32; batched, not flattened over the batch, whose images may lie on different devices."""
-    read = jax.vmap(lambda table, row: table.at[row].get(mode="promise_in_bounds"))
-    return read(table, rows).astype(jnp.float32)
+    table: Float[Array, "batch rows features"], rows: Int[Array, "*_taps batch queries heads"], axis: int = 0
+) -> Float[Array, "*_taps batch queries heads features"]:
+    """Rows in float32; batched along ``axis``, not flattened over the batch, whose images may lie on other devices."""
+    read = lambda table, row: table.at[row].get(mode="promise_in_bounds")
+    return jax.vmap(read, in_axes=(0, axis), out_axes=axis)(table, rows).astype(jnp.float32)
 
 
 def _first_offsets(num_heads: int, num_levels: int, num_points: int) -> Float[np.ndarray, "offsets"]:

@@ -13,6 +13,7 @@ from transformers.models.mm_grounding_dino.modeling_mm_grounding_dino import (
     MMGroundingDinoMultiscaleDeformableAttention,
 )
 
+from cast_jax.core import target
 from cast_jax.models.teacher import chunks
 from cast_jax.models.teacher.deformable_attention import DeformableAttention, levels_of, sample
 
@@ -61,10 +62,12 @@ def given() -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize(("references", "chunk"), [("points", 4), ("boxes", QUERIES)])
-def test_values_and_gradients(given, references, chunk, monkeypatch):
+def test_values_and_gradients(given, references, chunk, backend, monkeypatch):
     """All queries at once, or in chunks of which the last is padded; reads of padding and beyond the maps are zero."""
     monkeypatch.setattr(chunks, "CHUNK", chunk)
+    monkeypatch.setattr(target, "backend", lambda: backend)
     module, levels = theirs(), levels_of([jnp.asarray(mask) for mask in masks()])
     ours = DeformableAttention(FEATURES, HEADS, len(SIZES), POINTS, dtype=jnp.float32, rngs=nnx.Rngs(0))
     graph, state = nnx.split(ours)
