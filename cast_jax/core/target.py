@@ -59,6 +59,11 @@ def devices() -> Sequence[jax.Device]:
     return _ELSEWHERE.get().devices or jax.devices()
 
 
+def local_devices() -> Sequence[jax.Device]:
+    """Those of this process; all that are not here."""
+    return _ELSEWHERE.get().devices or jax.local_devices()
+
+
 def backend() -> str:
     """Their kind: "cpu", "gpu" or "tpu"."""
     elsewhere = _ELSEWHERE.get().devices

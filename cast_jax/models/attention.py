@@ -36,7 +36,7 @@ def attend(
 
 def _fits_cudnn(query: Array) -> bool:
     """Whether cuDNN's fused attention takes such queries, half precision, narrow heads, Ampere or later, and may."""
-    capability = getattr(target.devices()[0], "compute_capability", "")
+    capability = getattr(target.local_devices()[0], "compute_capability", "")
     ampere = re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8.0
     half, dim = query.dtype in (jnp.bfloat16, jnp.float16), query.shape[-1]
     return fused_attention() and ampere and half and dim % 8 == 0 and dim <= 128

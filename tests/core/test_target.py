@@ -16,6 +16,7 @@ from cast_jax.core.sharding import make_mesh, on_one_cpu
 
 def test_programs_are_for_the_devices_here():
     assert (list(target.devices()), target.backend()) == (jax.devices(), jax.default_backend())
+    assert list(target.local_devices()) == jax.local_devices()
 
 
 def test_within_a_slice_they_are_for_its_devices(monkeypatch):
@@ -63,6 +64,7 @@ def test_within_gpus_they_are_for_gpus_of_that_kind(monkeypatch):
     with target.gpus("h100:8"):
         assert target.backend() == "gpu"
         assert target.absent()
+        assert len(target.local_devices()) == 8
         assert make_mesh({"fsdp": 2}).shape == {"data": 4, "fsdp": 2}
         assert runtime.memory_limit() == pytest.approx(0.75 * 84.94e9, rel=1e-3)
     assert not target.absent()

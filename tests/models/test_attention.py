@@ -83,7 +83,7 @@ def test_the_fused_kernel_is_given_even_numbers_of_queries_and_keys(heads, monke
 )
 def test_where_the_fused_kernel_applies(capability, dtype, dim, fits, monkeypatch):
     device = types.SimpleNamespace(compute_capability=capability)
-    monkeypatch.setattr(target, "devices", lambda: [device])
+    monkeypatch.setattr(target, "local_devices", lambda: [device])
     assert attention._fits_cudnn(jnp.zeros((1, 2, 1, dim), dtype)) == fits
     monkeypatch.setattr(attention, "fused_attention", lambda: False)
     assert not attention._fits_cudnn(jnp.zeros((1, 2, 1, dim), dtype))
