@@ -21,13 +21,22 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.contrastive.cumulative import total_of
 from cast_jax.contrastive.fused_map import normalise
+from cast_jax.contrastive.groups import (
+    group_numbers,
+    groups_together,
+    in_groups,
+    in_turns,
+    number_of_groups,
+    out_of_groups,
+    out_of_turns,
+)
 from cast_jax.contrastive.peers import ALONE, Peers
 from cast_jax.contrastive.samplers import Drawn, draw_pool, draw_rows, mixture_proposals, prepare_proposals
 from cast_jax.contrastive.scores import CandidateMap, candidate_map
 from cast_jax.core import target
 from cast_jax.core.selection import take
 
-_TOGETHER = 2**23  # about how many numbers an array of a turn has on an accelerator: 32 MiB in float32
+_POOLS = 64  # that an accelerator draws at a time
 _ROWS = 8  # anchors of a device that a row sampler serves at a time: what it holds grows with rows × candidates
 
 
@@ -196,65 +205,6 @@ def _with_effective(sums: Sums, positions, taken, valid) -> Sums:
     return sums._replace(effective=jnp.sum(effective, dtype=float), effective_anchors=jnp.sum(valid, dtype=float))
 
 
-def number_of_groups(config: ContrastiveConfig, anchors: int) -> int:
-    """How many groups of nearly ``config.group_size`` the anchors of an image make."""
-    return -(-anchors // min(config.group_size, anchors))
-
-
-def _grouped(config: ContrastiveConfig, arrays):
-    """[images, anchors, ...] as [images * groups, size, ...], padded with invalid anchors (zeros).
-
-    A group takes every ``groups``-th anchor: neighbours, which lie on the same instance, do not share a pool. With
-    groups of neighbours the gradient's noise would be twice as large.
-    """
-    images, anchors = jax.tree.leaves(arrays)[0].shape[:2]
-    groups = number_of_groups(config, anchors)
-    size = -(-anchors // groups)
-
-    def split(array):
-        padded = jnp.pad(array, [(0, 0), (0, groups * size - anchors)] + [(0, 0)] * (array.ndim - 2))
-        return jnp.swapaxes(padded.reshape(images, size, groups, *array.shape[2:]), 1, 2).reshape(
-            images * groups, size, *array.shape[2:]
-        )
-
-    return jax.tree.map(split, arrays)
-
-
-def _ungrouped(arrays, shape: tuple[int, ...]):
-    """What ``_grouped`` made of arrays of this shape, [images, anchors, ...], as it was."""
-    images, anchors = shape
-
-    def join(array):
-        by_image = array.reshape(images, -1, *array.shape[1:])
-        return jnp.swapaxes(by_image, 1, 2).reshape(images, -1, *array.shape[2:])[:, :anchors]
-
-    return jax.tree.map(join, arrays)
-
-
-def _groups_together(config: ContrastiveConfig, groups: int, size: int, embedding: int) -> int:
-    """How many groups of ``size`` take a turn: one on a CPU, whose caches hold it; elsewhere kernels must be long."""
-    if target.backend() == "cpu":
-        return 1
-    most = max(_TOGETHER // (2 * config.num_slots * max(size, embedding)), 1)
-    return -(-groups // -(-groups // most))
-
-
-def _in_turns(groups, together: int):
-    """[groups, ...] as [turns, together, ...], padded with groups of invalid anchors (zeros)."""
-
-    def split(array):
-        padded = jnp.pad(array, [(0, -len(array) % together)] + [(0, 0)] * (array.ndim - 1))
-        return padded.reshape(-1, together, *array.shape[1:])
-
-    return groups if together == 1 else jax.tree.map(split, groups)
-
-
-def _group_numbers(config: ContrastiveConfig, anchors: Anchors) -> Int[Array, "groups"]:
-    """The groups' numbers in the batch of all devices, as ``_grouped`` orders them."""
-    groups = number_of_groups(config, anchors.own.shape[1])
-    return (anchors.image[:, None] * groups + jnp.arange(groups)).reshape(-1)
-
-
 def _make_pools(
     config: ContrastiveConfig, peers: Peers, key: PRNGKeyArray, number: int, candidates: CandidateMap, known: Known
 ) -> Pools:
@@ -266,7 +216,8 @@ def _make_pools(
         drawn = jax.tree.map(jnp.ravel, drawn)
         return drawn, _read(known, drawn) if peers.axes else None
 
-    drawn, mine = jax.lax.map(one, jax.random.uniform(key, (number, terms, 3, config.num_slots)))
+    uniform = jax.random.uniform(key, (number, terms, 3, config.num_slots))
+    drawn, mine = jax.lax.map(one, uniform, batch_size=None if target.backend() == "cpu" else min(number, _POOLS))
     return Pools(drawn, peers.sum(mine), total_of(proposals.images))
 
 
@@ -318,8 +269,8 @@ def _contrast_groups(config, key, z_anchors, z_positives, anchors: Anchors, pool
 
     The gradients are the anchors', the positives', and the exchanged pools' or else the candidates'.
     """
-    numbers = _group_numbers(config, anchors)
-    grouped = _grouped(config, (z_anchors, z_positives, anchors._replace(image=jnp.zeros_like(anchors.own))))
+    numbers = group_numbers(config, anchors.image, anchors.own.shape[1])
+    grouped = in_groups(config, (z_anchors, z_positives, anchors._replace(image=jnp.zeros_like(anchors.own))))
 
     def contrast_group(number, group):
         z_anchors, z_positives, anchors = group
@@ -342,7 +293,7 @@ def _contrast_groups(config, key, z_anchors, z_positives, anchors: Anchors, pool
         which, more, d_pools, of_anchors = jax.vmap(contrast_group)(numbers, groups)
         return which, jax.tree.map(lambda each: jnp.sum(each, axis=0), more), d_pools, of_anchors
 
-    together = _groups_together(config, *grouped[0].shape)
+    together = groups_together(config, *grouped[0].shape)
 
     def step(carry, groups):
         sums, d_negatives = carry
@@ -350,10 +301,10 @@ def _contrast_groups(config, key, z_anchors, z_positives, anchors: Anchors, pool
         return (_add(sums, more), pools.add(which, d_pool, d_negatives)), of_anchors
 
     d_negatives = jnp.zeros_like(_wide(known.z if pools.exchanged is None else pools.exchanged.z))
-    turns = _in_turns((numbers, grouped), together)
+    turns = in_turns((numbers, grouped), together)
     (sums, d_negatives), by_turn = jax.lax.scan(step, (_no_sums(), d_negatives), turns)
-    by_group = by_turn if together == 1 else jax.tree.map(lambda array: _flatten(array)[: len(numbers)], by_turn)
-    d_anchors, d_positives, short = _ungrouped(by_group, anchors.own.shape)
+    by_group = out_of_turns(by_turn, together, len(numbers))
+    d_anchors, d_positives, short = out_of_groups(by_group, anchors.own.shape)
     return sums, (d_anchors, d_positives, d_negatives), short
 
 
@@ -516,9 +467,9 @@ def draw_negatives(
             short = config.num_negatives - first.shape[1]
             return jnp.pad(pool.position[first], ((0, 0), (0, short))), shared.accepted >= config.num_negatives
 
-        grouped = _grouped(config, anchors._replace(image=jnp.zeros_like(anchors.own)))
-        by_group = jax.lax.map(propose, (_group_numbers(config, anchors), grouped))
-        found, served = _ungrouped(by_group, anchors.own.shape)
+        grouped = in_groups(config, anchors._replace(image=jnp.zeros_like(anchors.own)))
+        by_group = jax.lax.map(propose, (group_numbers(config, anchors.image, per_image), grouped))
+        found, served = out_of_groups(by_group, anchors.own.shape)
         found, flagged = found.reshape(images * per_image, -1), anchors.valid & ~served
 
     def serve(rows, real, state):

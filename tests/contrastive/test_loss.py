@@ -14,6 +14,7 @@ from cast_jax.contrastive.bank import choose_entries, empty_bank, push
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.contrastive.contrast import Anchors, CandidatePixels, draw_negatives
 from cast_jax.contrastive.loss import choose_anchors, contrastive_loss, unique_regions
+from cast_jax.core import target
 
 BATCH, PIXELS, EMBEDDING = 2, 24, 5
 K = 16
@@ -99,7 +100,7 @@ def test_groups_that_take_a_turn_together_change_nothing(options, monkeypatch):
         return jax.jit(whole)(inputs["z_weak"], inputs["z_strong"])
 
     apart = run()
-    monkeypatch.setattr(contrast, "_groups_together", lambda *_: 3)
+    monkeypatch.setattr(contrast, "groups_together", lambda *_: 3)
     for one, other in zip(jax.tree.leaves(run()), jax.tree.leaves(apart), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
     (short, anchors), some = apart[0][1]["contrastive/short_rows"], "slots" in options
@@ -108,13 +109,13 @@ def test_groups_that_take_a_turn_together_change_nothing(options, monkeypatch):
 
 def test_groups_take_turns_alone_on_a_cpu_and_together_elsewhere(monkeypatch):
     config = ContrastiveConfig()
-    assert contrast._groups_together(config, 2744, 128, 128) == 1
-    monkeypatch.setattr(contrast.target, "backend", lambda: "gpu")
+    assert contrast.groups_together(config, 2744, 128, 128) == 1
+    monkeypatch.setattr(target, "backend", lambda: "gpu")
     for size, embedding in ((128, 128), (1, 128), (128, 256)):
-        together = contrast._groups_together(config, 2744, size, embedding)
+        together = contrast.groups_together(config, 2744, size, embedding)
         assert 2**22 < together * max(size, embedding) * 2 * config.num_slots <= 2**23
-    assert contrast._groups_together(config, 5, 128, 128) == 5
-    assert contrast._groups_together(ContrastiveConfig(num_negatives=65_536), 2744, 128, 128) == 1
+    assert contrast.groups_together(config, 5, 128, 128) == 5
+    assert contrast.groups_together(ContrastiveConfig(num_negatives=65_536), 2744, 128, 128) == 1
 
 
 @pytest.mark.parametrize(
