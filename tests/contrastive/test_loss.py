@@ -85,7 +85,7 @@ _negatives = jax.jit(draw_negatives, static_argnums=1)
 
 
 @pytest.mark.parametrize("options", [{"symmetric": True}, {"slots": 32, "max_pools": 3}], ids=["symmetric", "short"])
-def test_groups_that_take_a_turn_together_change_nothing(options, monkeypatch):
+def test_groups_and_pools_at_a_time_change_nothing(options, monkeypatch):
     config = ContrastiveConfig(num_negatives=K, group_size=7, **options)  # 8 groups a direction
     inputs = make_inputs()
 
@@ -100,7 +100,10 @@ def test_groups_that_take_a_turn_together_change_nothing(options, monkeypatch):
         return jax.jit(whole)(inputs["z_weak"], inputs["z_strong"])
 
     apart = run()
+    monkeypatch.setattr(target, "backend", lambda: "gpu")
+    monkeypatch.setattr(contrast, "product_dtype", lambda dtype: dtype)
     monkeypatch.setattr(contrast, "groups_together", lambda *_: 3)
+    monkeypatch.setattr(contrast, "_POOLS", 2)
     for one, other in zip(jax.tree.leaves(run()), jax.tree.leaves(apart), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
     (short, anchors), some = apart[0][1]["contrastive/short_rows"], "slots" in options
