@@ -230,10 +230,12 @@ def leave(code: int) -> NoReturn:
     """Ends this process by :func:`cast_jax.core.runtime.end`; Python's clean-up would wait for the other processes.
 
     A process that fails waits a moment for others with the same error; those elsewhere are ended by the heartbeat.
+    Where all leave they disconnect first: without the first process, which serves them, the others would be aborted.
     """
     if several():
         with contextlib.suppress(Exception):
             _client().wait_at_barrier("cast_jax/leaving", LEAVING * 1000)
+            jax_distributed.shutdown()
     end(code)
 
 

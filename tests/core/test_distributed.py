@@ -159,3 +159,24 @@ def test_a_missing_process_is_said_to_after_the_timeout(tmp_path):
         assert f"config.distributed.coordinator={addresses[number]}: " in said
         assert "within 3 s" in said
         assert ("not all of the 2 processes came" if number == 0 else "found no coordinator") in said
+
+
+LATE = """
+import json, sys, time
+import jax
+from cast_jax.core import distributed
+distributed.initialize(json.loads(sys.argv[1]))
+jax.devices()
+if jax.process_index() == 1:
+    end = distributed.end
+    distributed.end = lambda code: (time.sleep(0.5), end(code))
+distributed.leave(0)
+"""
+
+
+def test_a_process_that_is_slow_to_leave_is_not_aborted_when_the_first_is_gone():
+    config = {"coordinator": free_address(), "num_processes": 2, "timeout": 60}
+    commands = ([sys.executable, "-c", LATE, json.dumps(config | {"process_id": number})] for number in (0, 1))
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    said = [process.communicate(timeout=90)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
