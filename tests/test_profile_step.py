@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from absl import flags
+from absl.testing import flagsaver
 from tiny import Linear
 
+from cast_jax.core import target
 from cast_jax.core.errors import UserError
 from cast_jax.models.functional import Functional
 from cast_jax.settings import RunConfig
@@ -61,6 +63,16 @@ def test_abstract_says_what_running_would_without_running(script, config, tmp_pa
     assert figures["memory"]["arguments"] > 2 * 64 * 128 * 3  # at least the two images
     assert "| matching |" in capsys.readouterr().out
     assert not (tmp_path / "trace").exists()
+
+
+def test_a_step_is_compiled_for_one_kind_of_absent_devices(script, monkeypatch):
+    flags.FLAGS(["profile_step"])
+    for kind, flag in (("gpus", {"gpu": "l4"}), ("tpu_slice", {"tpu": "v5e:2x2"})):
+        monkeypatch.setattr(target, kind, lambda name: name)
+        with flagsaver.flagsaver(**flag):
+            assert [script.machine()] == list(flag.values())
+    with flagsaver.flagsaver(gpu="l4", tpu="v5e:2x2"), pytest.raises(UserError, match="--gpu and --tpu: name one"):
+        script.machine()
 
 
 def test_only_trained_steps_have_a_profile(script, config, tmp_path):
