@@ -189,8 +189,8 @@ def test_mm_grounding_dino(tmp_path, monkeypatch):
 def test_plain_grounding_dino(tmp_path):
     """One head for all layers, logits neither scaled nor biased, the backbone's finest map; one prompt for all.
 
-    No map has but two positions: a norm over them would divide by their difference, and both networks' rounding errors
-    would be twenty times as large.
+    No map has but two positions: a norm over them would divide by their difference, and rounding errors of either
+    network could be twenty times as large.
     """
     theirs = hugging_face(PLAIN)
     theirs.save_pretrained(tmp_path)
