@@ -34,6 +34,7 @@ from cast_jax.contrastive.peers import ALONE, Peers
 from cast_jax.contrastive.samplers import Drawn, draw_pool, draw_rows, mixture_proposals, prepare_proposals
 from cast_jax.contrastive.scores import CandidateMap, candidate_map
 from cast_jax.core import target
+from cast_jax.core.loops import over_flagged
 from cast_jax.core.selection import take
 
 _POOLS = 64  # that an accelerator draws at a time
@@ -308,25 +309,6 @@ def _contrast_groups(config, key, z_anchors, z_positives, anchors: Anchors, pool
     return sums, (d_anchors, d_positives, d_negatives), short
 
 
-def _for_flagged_rows(peers: Peers, flagged: Bool[Array, "anchors"], body, state):
-    """``state = body(rows, real, state)`` over blocks of the flagged rows, as often as the peer with most of them."""
-    order = jnp.argsort(~flagged, stable=True)
-    count = jnp.sum(flagged)
-    most = peers.max(count)
-
-    def step(carry):
-        block, state = carry
-        position = block * _ROWS + jnp.arange(_ROWS)
-        rows = take(order, jnp.minimum(position, order.shape[0] - 1))
-        return block + 1, body(rows, position < count, state)
-
-    def loop(state):
-        return jax.lax.while_loop(lambda carry: carry[0] * _ROWS < most, step, (jnp.zeros((), jnp.int32), state))[1]
-
-    # Compilers take what does not change out of a loop, and here that is a pass over all candidates.
-    return jax.lax.cond(most > 0, loop, lambda state: state, state)
-
-
 def _draw_rows(config, peers: Peers, key, anchors: Anchors, rows, candidates: CandidateMap, pixels: CandidatePixels):
     """The negatives of all peers' ``rows`` (of the flattened anchors), and which of the rows have any."""
     per_image = anchors.own.shape[1]
@@ -368,7 +350,7 @@ def _contrast_short(config, peers, key, z, anchors, candidates, pixels, flagged,
         d_anchors, d_positives = d_anchors.at[rows].add(d_a), d_positives.at[rows].add(d_p)
         return _add(sums, more), d_anchors, d_positives, _add_at(d_candidates, drawn, peers.gather(d_n))
 
-    return _for_flagged_rows(peers, flagged.reshape(-1), serve, state)
+    return over_flagged(flagged.reshape(-1), serve, state, _ROWS, peers.max)
 
 
 def _contrast_set(config, peers, num_images, key, z_anchors, z_positives, z_candidates, anchors: Anchors, pixels):
@@ -481,5 +463,5 @@ def draw_negatives(
         return found.at[rows].set(position, mode="drop"), drawable.at[rows].set(possible, mode="drop")
 
     state = (found, anchors.valid.reshape(-1))
-    found, drawable = _for_flagged_rows(peers, flagged.reshape(-1), serve, state)
+    found, drawable = over_flagged(flagged.reshape(-1), serve, state, _ROWS, peers.max)
     return found.reshape(images, per_image, -1), drawable.reshape(images, per_image)

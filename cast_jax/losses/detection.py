@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Float
 from cast_jax.core.config import check_ranges
 from cast_jax.core.geometry import mask_boxes
 from cast_jax.losses.matching import match_all
-from cast_jax.losses.set_criterion import Metrics, Targets
+from cast_jax.losses.set_criterion import Metrics
+from cast_jax.losses.targets import Targets
 
 # (token_logits, boxes, class_map) of one prompt: of every layer, (x, y, width, height) of centres in [0, 1], and which
 # tokens ask for which class.

@@ -5,73 +5,23 @@ Follows Mask2Former (Cheng et al. 2022; ``criterion.py`` and ``matcher.py`` of t
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from cast_jax.core.config import check_ranges
 from cast_jax.core.decoded import Decoded, mask_logits
-from cast_jax.core.geometry import bilinear_sample, sample_each
-from cast_jax.core.resize import resize
-from cast_jax.core.selection import nearest_to_zero, take_rows
+from cast_jax.core.geometry import bilinear_sample
 from cast_jax.core.sharding import over_images
+from cast_jax.losses.config import CriterionConfig
+from cast_jax.losses.mask_terms import MaskTargets, mask_terms, matched_mask_terms, number_of_blocks
 from cast_jax.losses.matching import match_all
+from cast_jax.losses.points import positions, read_at, uniform_points
+from cast_jax.losses.targets import Targets, target_maps
 
 Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class CriterionConfig:
-    """Weights and sampling of the set criterion.
-
-    Attributes:
-      class_weight, mask_weight, dice_weight: weights of the terms, in the loss and in the matching cost.
-      iou_weight: of the IoU that a model predicts for prompted masks.
-      no_object_weight: weight of the "no object" class in the cross-entropy.
-      num_points: points sampled per mask; None compares every pixel of the mask map (cheaper on small maps), and every
-        fourth in the matching.
-      oversample: how many candidate points are drawn per point kept.
-      importance: share of the points that are the most uncertain candidates; the rest are uniform.
-    """
-
-    class_weight: float = 2.0
-    mask_weight: float = 5.0
-    dice_weight: float = 5.0
-    iou_weight: float = 1.0
-    no_object_weight: float = 0.1
-    num_points: int | None = 12_544
-    oversample: float = 3.0
-    importance: float = 0.75
-
-    def __post_init__(self) -> None:
-        weights = ("class_weight", "mask_weight", "dice_weight", "iou_weight", "no_object_weight")
-        check_ranges(self, **dict.fromkeys(weights, "[0, inf)"), importance="[0, 1]")
-        # At most the pixels of a mask of 1024 x 1024; each point costs memory for every query, instance and layer.
-        check_ranges(self, num_points="[1, 1048576]", oversample="[1, 16]")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Targets:
-    """Padded ground truth or pseudo-labels.
-
-    Attributes:
-      masks: ``[batch, instances, height, width]`` at the input's resolution.
-      labels: class positions.
-      valid: False on padding.
-      weights: a factor on each instance's mask and class terms (1 = plain).
-      ignore: pixels that are neither object nor background error.
-    """
-
-    masks: Bool[Array, "batch instances height width"]
-    labels: Int[Array, "batch instances"]
-    valid: Bool[Array, "batch instances"]
-    weights: Float[Array, "batch instances"]
-    ignore: Bool[Array, "batch height width"]
 
 
 def set_criterion(
@@ -94,13 +44,13 @@ def set_criterion(
       See :func:`set_loss`.
     """
     images, number, queries, _ = layers.embeddings.shape
-    keys = point_keys(key, images, number)
+    keys = point_keys(key, images, number, targets.valid.shape[1])
     return set_loss(set_terms(keys, layers, targets, config), targets.valid, queries, config, instances)
 
 
-def point_keys(key: PRNGKeyArray, images: int, layers: int) -> PRNGKeyArray:
-    """``[images, 1 + layers]`` keys: for the points of the matching, and of the loss in each layer."""
-    return jax.random.split(key, (images, 1 + layers))
+def point_keys(key: PRNGKeyArray, images: int, layers: int, instances: int) -> PRNGKeyArray:
+    """``[images, 1 + layers * blocks]`` keys: for the matching's points, and the loss's in each layer and block."""
+    return jax.random.split(key, (images, 1 + layers * number_of_blocks(instances)))
 
 
 @jax.named_scope("criterion")
@@ -117,20 +67,16 @@ def set_terms(
       keys: see :func:`point_keys`.
       layers, targets, config: see :func:`set_criterion`.
     """
-    maps = _target_maps(targets, (layers.features.shape[1], layers.features.shape[2]))
+    maps = target_maps(targets, (layers.features.shape[1], layers.features.shape[2]))
     with jax.named_scope("matching"):
         costs_of = functools.partial(_matching_costs, config=config)
         costs, free = over_images(costs_of, keys[:, 0], jax.lax.stop_gradient(layers), targets, maps)
         matches = match_all(jnp.swapaxes(costs, 0, 1), targets.valid)
         queries, matched = (jnp.swapaxes(found, 0, 1) for found in matches)
     chosen = jnp.take_along_axis(layers.embeddings, queries[..., None], axis=2)
-    masks = mask_logits("blid,bhwd->blihw", chosen, layers.features)
-
-    def of_image(keys, masks, targets, maps) -> tuple[Array, Array]:
-        of_layer = functools.partial(_mask_terms, targets=targets, maps=maps, config=config)
-        return jax.lax.map(lambda layer: of_layer(*layer), (keys, masks))
-
-    bce, dice = over_images(of_image, keys[:, 1:], masks, targets, maps)
+    keys = keys[:, 1:].reshape(*chosen.shape[:2], -1)
+    compared = MaskTargets(targets.masks, targets.ignore, *maps)
+    bce, dice = matched_mask_terms(keys, chosen, layers.features, targets.valid, compared, config)
     weight, count = jnp.where(matched, targets.weights[:, None], 0.0), jnp.sum(matched, axis=-1).astype(jnp.float32)
     return {
         "class": _class_terms(layers.class_logits, queries, matched, free, targets, config),
@@ -189,9 +135,10 @@ def prompted_mask_loss(
     """
     mask_logits = mask_logits.astype(jnp.float32)
     height, width = mask_logits.shape[-2:]
-    maps = _target_maps(targets, (height, width))
-    terms_of = functools.partial(_mask_terms, config=config)
-    bce, dice = over_images(terms_of, jax.random.split(key, len(mask_logits)), mask_logits, targets, maps)
+    maps = target_maps(targets, (height, width))
+    terms_of = functools.partial(mask_terms, config=config)
+    compared = MaskTargets(targets.masks, targets.ignore, *maps)
+    bce, dice = over_images(terms_of, jax.random.split(key, len(mask_logits)), mask_logits, compared)
     terms = {"mask": bce, "dice": dice, "iou": jnp.abs(iou - _true_iou(mask_logits, *maps))}
     found = jnp.sum(targets.valid).astype(jnp.float32)
     divisor = found if instances is None else instances
@@ -218,22 +165,6 @@ def _part_weights(found, average, queries: int, config: CriterionConfig) -> dict
     return {"class": of_classes, "mask": of_masks, "dice": of_masks}
 
 
-def _target_maps(targets: Targets, size: tuple[int, int]) -> tuple[Array, Array]:
-    """Soft instance masks and ignore share at the resolution of the mask logits."""
-    return _shrink(targets.masks, size), _shrink(targets.ignore, size)
-
-
-def _shrink(maps: Bool[Array, "*batch height width"], size: tuple[int, int]) -> Float[Array, "*batch h w"]:
-    height, width = maps.shape[-2:]
-    if height % size[0] == 0 and width % size[1] == 0:  # the mean of whole squares costs a fraction of a resize
-        rows, columns = height // size[0], width // size[1]
-        # Every so many-th row, then column, added up: on a CPU 20 times as fast as a mean over axes of squares.
-        lines = functools.reduce(jnp.add, [maps[..., row::rows, :].astype(jnp.float32) for row in range(rows)])
-        return functools.reduce(jnp.add, [lines[..., column::columns] for column in range(columns)]) / (rows * columns)
-    flat = maps.reshape(-1, height, width, 1).astype(jnp.float32)
-    return resize(flat, size, antialias=True).reshape(*maps.shape[:-2], *size)
-
-
 def _class_terms(
     class_logits: Float[Array, "images layers queries classes"],
     queries: Int[Array, "images layers instances"],
@@ -258,22 +189,6 @@ def _class_terms(
     return jnp.sum(weight * cross_entropy, axis=-1), jnp.sum(weight, axis=-1)
 
 
-def _mask_terms(key, logits, targets: Targets, maps, config) -> tuple[Array, Array]:
-    """Cross-entropy and dice of one image's mask logits, one for each instance; padding's too."""
-    if config.num_points is not None:
-        points = _uncertain_points(key, jax.lax.stop_gradient(logits), config)
-        return _point_terms(points, logits, targets.masks, targets.ignore)
-    flat = lambda maps: maps.reshape(len(maps), -1)
-    soft_masks, soft_ignore = maps
-    return _bce_and_dice(flat(logits), flat(soft_masks), 1.0 - flat(soft_ignore[None]))
-
-
-@jax.checkpoint  # reading again costs less than keeping what was read
-def _point_terms(points, logits, masks, ignore) -> tuple[Array, Array]:
-    care = 1.0 - _sample(ignore[None], points.reshape(1, -1)).reshape(points.shape)
-    return _bce_and_dice(_sample(logits, points), _sample(masks, points), care)
-
-
 def _matching_costs(
     key: PRNGKeyArray, layers: Decoded, targets: Targets, maps: tuple[Array, Array], config: CriterionConfig
 ) -> tuple[Float[Array, "layers queries instances"], Bool[Array, "layers queries"]]:
@@ -287,11 +202,11 @@ def _matching_costs(
         features = layers.features[::2, ::2].reshape(-1, layers.features.shape[-1])
         labels, ignored = soft_masks[:, ::2, ::2].reshape(len(soft_masks), -1), soft_ignore[::2, ::2].reshape(-1)
     else:
-        points = _uniform_points(key, (1, config.num_points))
-        y, x = _positions(points, layers.features.shape[:2])
+        points = uniform_points(key, (1, config.num_points))
+        y, x = positions(points, layers.features.shape[:2])
         features = bilinear_sample(layers.features, jnp.stack([y[0], x[0]], axis=-1))
-        labels = _sample(targets.masks, jnp.broadcast_to(points, (len(targets.masks), config.num_points)))
-        ignored = _sample(targets.ignore[None], points)[0]
+        labels = read_at(jnp.broadcast_to(points, (len(targets.masks), config.num_points)), targets.masks)
+        ignored = read_at(points, targets.ignore[None])[0]
     # One pixel in sixteen tells where most of a mask lies.
     seldom = layers.features[::4, ::4].reshape(-1, layers.features.shape[-1])
     care, seldom_ignored = 1.0 - ignored, soft_ignore[::4, ::4].reshape(-1)
@@ -316,41 +231,3 @@ def _matching_cost(logits, class_logits, classes, labels, care, config) -> Float
     size = (probability @ care)[:, None] + jnp.sum(labels, -1)[None]
     dice_cost = 1.0 - (2.0 * (probability @ labels.T) + 1.0) / (size + 1.0)
     return config.class_weight * class_cost + config.mask_weight * mask_cost + config.dice_weight * dice_cost
-
-
-def _bce_and_dice(logits, labels, care) -> tuple[Array, Array]:
-    """Of each row of logits: cross-entropy and dice, where ``care`` is 1 (of each row, or of all)."""
-    care = jnp.broadcast_to(care, logits.shape)
-    cross_entropy = jax.nn.softplus(logits) - logits * labels
-    bce = jnp.sum(cross_entropy * care, -1) / jnp.maximum(jnp.sum(care, -1), 1.0)
-    probability = jax.nn.sigmoid(logits) * care
-    overlap = 2.0 * jnp.sum(probability * labels, -1)
-    return bce, 1.0 - (overlap + 1.0) / (jnp.sum(probability, -1) + jnp.sum(labels * care, -1) + 1.0)
-
-
-def _sample(maps: Float[Array, "maps h w"], points: UInt32[Array, "maps points"]) -> Float[Array, "maps points"]:
-    """Reads each map at its own points."""
-    return sample_each(maps, *_positions(points, maps.shape[1:]))
-
-
-def _uncertain_points(key, logits: Float[Array, "maps h w"], config: CriterionConfig) -> UInt32[Array, "maps points"]:
-    """PointRend's importance sampling: most uncertain of an oversampled uniform set, topped up uniformly."""
-    assert config.num_points is not None
-    num_candidates = int(config.num_points * config.oversample)
-    num_uncertain = int(config.num_points * config.importance)
-    drawn = _uniform_points(key, (logits.shape[0], num_candidates + config.num_points - num_uncertain))
-    candidates, uniform = jnp.split(drawn, [num_candidates], axis=1)
-    best = nearest_to_zero(_sample(logits, candidates), num_uncertain)
-    return jnp.concatenate([take_rows(candidates, best), uniform], axis=1)
-
-
-def _uniform_points(key, shape: tuple[int, ...]) -> UInt32[Array, "*shape"]:
-    """Points of the unit square, 16 bits a coordinate: more would cost a second random number."""
-    return jax.random.bits(key, shape, jnp.uint32)
-
-
-def _positions(points: UInt32[Array, "*shape"], size: tuple[int, ...]) -> tuple[Array, Array]:
-    """The points' (y, x) on a map of ``size``."""
-    height, width = size
-    y, x = (points >> 16).astype(jnp.float32), (points & 0xFFFF).astype(jnp.float32)
-    return y * (height / 2.0**16), x * (width / 2.0**16)

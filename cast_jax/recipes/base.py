@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cast_jax.core.geometry import mask_boxes, unpack_masks
-from cast_jax.losses.set_criterion import Targets
+from cast_jax.losses.targets import Targets
 
 Batch = dict[str, Any]
 Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]

@@ -9,16 +9,10 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from cast_jax.core.sharding import join_batches, split_batches
+from cast_jax.losses.config import CriterionConfig
 from cast_jax.losses.detection import DetectionConfig, detection_loss
-from cast_jax.losses.set_criterion import (
-    CriterionConfig,
-    Metrics,
-    Targets,
-    point_keys,
-    prompted_mask_loss,
-    set_loss,
-    set_terms,
-)
+from cast_jax.losses.set_criterion import Metrics, point_keys, prompted_mask_loss, set_loss, set_terms
+from cast_jax.losses.targets import Targets
 from cast_jax.models.segmenter import Prediction
 from cast_jax.models.teacher.grounded_sam2 import GroundedPrediction
 
@@ -55,7 +49,9 @@ def view_losses(
     assert layers is not None
     images, number, queries, _ = layers.embeddings.shape
     # All views of all images at once: one program to compile.
-    together = set_terms(point_keys(key, images, number), layers, join_batches(targets), criteria.masks)
+    joined = join_batches(targets)
+    keys = point_keys(key, images, number, joined.valid.shape[1])
+    together = set_terms(keys, layers, joined, criteria.masks)
     terms = split_batches(together, sizes)
     return [
         set_loss(of_view, target.valid, queries, criteria.masks, count)

@@ -25,8 +25,8 @@ from cast_jax.core.errors import UserError
 from cast_jax.core.geometry import pixel_centres, unpack_masks
 from cast_jax.core.sharding import batch_axes, join_batches, take_batches
 from cast_jax.data.views import VIEW_NAMES
+from cast_jax.losses.config import CriterionConfig
 from cast_jax.losses.detection import DetectionConfig
-from cast_jax.losses.set_criterion import CriterionConfig
 from cast_jax.models.functional import Functional, Params
 from cast_jax.models.segmenter import Prediction
 from cast_jax.recipes.base import Batch, Metrics, view_boxes, view_images, view_targets

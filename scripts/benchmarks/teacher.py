@@ -20,7 +20,7 @@ from benchmarks.torch_teacher import DEVICE, Teacher, Update
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.core.annotations import pack_masks
 from cast_jax.core.sharding import shard_batch
-from cast_jax.losses.set_criterion import CriterionConfig
+from cast_jax.losses.config import CriterionConfig
 from cast_jax.models.dinov2 import IMAGE_MEAN, IMAGE_STD
 from cast_jax.models.functional import Functional, count_parameters
 from cast_jax.models.registry import build_segmenter, segmenter_config

@@ -15,7 +15,7 @@ from transformers.loss.loss_for_object_detection import generalized_box_iou, sig
 from cast_jax.core.errors import UserError
 from cast_jax.core.geometry import mask_boxes
 from cast_jax.losses.detection import DetectionConfig, detection_loss, focal_loss, generalised_iou
-from cast_jax.losses.set_criterion import Targets
+from cast_jax.losses.targets import Targets
 
 BATCH, LAYERS, QUERIES, INSTANCES, SIDE = 2, 3, 6, 4, 32
 # Two prompts: the first asks for classes 0 (one word) and 1 (two), the second for class 2; the last token is padding.

@@ -13,14 +13,11 @@ from scipy.optimize import linear_sum_assignment
 from tiny import decoded
 
 from cast_jax.core.errors import UserError
-from cast_jax.losses.set_criterion import (
-    CriterionConfig,
-    Targets,
-    _positions,
-    _uncertain_points,
-    prompted_mask_loss,
-    set_criterion,
-)
+from cast_jax.losses import mask_terms
+from cast_jax.losses.config import CriterionConfig
+from cast_jax.losses.points import positions, uncertain_points
+from cast_jax.losses.set_criterion import prompted_mask_loss, set_criterion
+from cast_jax.losses.targets import Targets
 
 LAYERS, BATCH, QUERIES, INSTANCES, CLASSES, SIDE = 2, 2, 5, 3, 3, 8
 DENSE = CriterionConfig(num_points=None)
@@ -306,7 +303,7 @@ def test_points_agree_with_pixels():
 def test_points_crowd_where_the_mask_is_uncertain():
     config = CriterionConfig(num_points=64, oversample=6.0, importance=0.75)
     maps = jnp.where(jnp.arange(SIDE) < SIDE // 2, -8.0, 8.0) * jnp.ones((2, SIDE, SIDE))  # sure but at the middle
-    y, x = jax.jit(lambda key: _positions(_uncertain_points(key, maps, config), (1, 1)))(KEY)
+    y, x = jax.jit(lambda key: positions(uncertain_points(key, maps, config), (1, 1)))(KEY)
     assert y.shape == x.shape == (2, 64)
     assert min(y.min(), x.min()) >= 0.0
     assert max(y.max(), x.max()) < 1.0
@@ -336,6 +333,18 @@ def test_image_by_image_is_side_by_side(config, monkeypatch):
     assert loops > fewer
     np.testing.assert_allclose(cpu[0], gpu[0], rtol=1e-5)
     np.testing.assert_allclose(cpu[1], gpu[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_blocks_of_instances_are_all_instances(backend, monkeypatch):
+    """Blocks of two of three slots, of which one is padding and another is empty."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    given = dataclasses.replace(targets(), valid=jnp.asarray([[True, True, False], [True, False, True]]))
+    found = {}
+    for together in (20, 2):
+        monkeypatch.setattr(mask_terms, "_TOGETHER", together)
+        found[together] = jax.jit(lambda *given: dense.__wrapped__(*given))(*logits(), given)
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-7), *found.values())
 
 
 def test_the_gradient_at_points_is_the_loss_difference():

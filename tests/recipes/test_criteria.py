@@ -9,8 +9,10 @@ import pytest
 from tiny import decoded
 
 from cast_jax.core.sharding import join_batches, split_batches
+from cast_jax.losses.config import CriterionConfig
 from cast_jax.losses.detection import DetectionConfig
-from cast_jax.losses.set_criterion import CriterionConfig, Targets, point_keys, set_loss, set_terms
+from cast_jax.losses.set_criterion import point_keys, set_loss, set_terms
+from cast_jax.losses.targets import Targets
 from cast_jax.models.segmenter import Prediction
 from cast_jax.recipes.criteria import Criteria, view_losses
 
@@ -41,7 +43,7 @@ def test_views_together_are_each_view_by_itself(instances):
     criteria = Criteria(config, DetectionConfig())
     joined = join_batches(predictions)
     together = jax.jit(lambda: view_losses(joined, key, targets, criteria, [instances] * 2))()
-    keys = split_batches(point_keys(key, sum(sizes), 2), sizes)
+    keys = split_batches(point_keys(key, sum(sizes), 2, 3), sizes)
     for (loss, terms), prediction, target, of_view in zip(together, predictions, targets, keys, strict=True):
         by_itself = set_terms(of_view, prediction.layers, target, config)
         alone, others = set_loss(by_itself, target.valid, 4, config, instances)

@@ -22,7 +22,7 @@ from cast_jax.core.profiling import SCOPES, part_of
 from cast_jax.core.rules import named_leaves
 from cast_jax.core.sharding import make_mesh
 from cast_jax.core.step import TrainStep
-from cast_jax.losses.set_criterion import CriterionConfig
+from cast_jax.losses.config import CriterionConfig
 from cast_jax.models.functional import Functional
 from cast_jax.models.registry import build_segmenter
 from cast_jax.models.student import ProjectionHead
