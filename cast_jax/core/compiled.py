@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import re
-from collections import Counter
-from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
+from cast_jax.core.hlo import CONTROL, Instruction, read
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
-# Instructions that run others, which a trace lists by themselves.
-_CONTROL = ("while", "conditional", "call")
+# Instructions that pass an array on as it is, within a fusion.
+_SAME = ("bitcast", "reshape", "convert", "copy", "transpose")
 
-# Instructions that only name what is there.
-_NOTHING = (
-    *("parameter", "constant", "bitcast", "get-tuple-element", "tuple"),
-    *("after-all", "add-dependency", "opt-barrier", "partition-id", "replica-id"),
-)
-
-_COLLECTIVE = re.compile(rf"= (?P<shape>.*?) (?P<name>{'|'.join(COLLECTIVES)})(?P<start>-start)?\(")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?:\(.*?\)|\S+) (?P<kind>[\w-]+)\(")
-_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) .*\{$")
-_CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|\w+_computations?)=(\{[^}]*\}|%?[\w.-]+)")
-_ORIGIN = re.compile(r'metadata=\{[^}]*op_name="([^"]*)"')
-_CONDITION = re.compile(r"\bcondition=%?[\w.-]+")
-_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\]")
+# Instructions that read only some of their first operand, and those that change some of it in place.
+_READ_SOME, _CHANGE_SOME = ("slice", "dynamic-slice", "gather"), {"dynamic-update-slice": 1, "scatter": -1}
 
 
 def memory_bytes(program: Any) -> int | None:
@@ -52,14 +36,11 @@ def instructions(program: Any) -> tuple[str, dict[str, str | None]]:
 
     Instructions that run others (loops) have None, those that XLA made by itself (copies) "".
     """
-    text = program.as_text()
-    found: dict[str, str | None] = {}
-    for line in text.splitlines():
-        if match := _INSTRUCTION.match(line):
-            origin = _ORIGIN.search(line)
-            runs_others = match["kind"] in _CONTROL and "xla_cpu_small_call" not in line  # that is one kernel
-            found[match["name"]] = None if runs_others else origin[1] if origin else ""
-    return text.removeprefix("HloModule ").split(",", 1)[0].split()[0], found
+    found = read(program)
+    runs_others = lambda one: one.kind in CONTROL and "xla_cpu_small_call" not in one.line  # that is one kernel
+    return found.name, {
+        one.name: None if runs_others(one) else one.origin for part in found.computations.values() for one in part
+    }
 
 
 def collective_bytes(program: Any) -> dict[str, int]:
@@ -68,14 +49,15 @@ def collective_bytes(program: Any) -> dict[str, int]:
     Operations inside loops count as often as the loop turns; where the program does not say how often, once.
     """
 
-    def sent(line: str) -> dict[str, int]:
-        if not (match := _COLLECTIVE.search(line)):
+    def sent(instruction: Instruction) -> dict[str, int]:
+        name = instruction.kind.removesuffix("-start")
+        if name not in COLLECTIVES:
             return {}
-        arrays = [_bytes(*array) for array in _ARRAY.findall(match["shape"])]
         # What is started asynchronously names its operands beside its results.
-        return {match["name"]: sum(arrays[len(arrays) // 2 :] if match["start"] else arrays)}
+        arrays = instruction.arrays
+        return {name: sum(arrays[len(arrays) // 2 :] if name != instruction.kind else arrays)}
 
-    return _total(program, sent, followed=lambda kind: True)
+    return read(program).total(sent, followed=lambda _: True)
 
 
 def launches(program: Any) -> dict[str, int]:
@@ -84,49 +66,69 @@ def launches(program: Any) -> dict[str, int]:
     Those inside loops count as often as the loop turns, once where the program does not say how often; those of all
     branches count.
     """
+    launched = lambda instruction: {instruction.origin: 1} if instruction.launched else {}
+    return read(program).total(launched, followed=lambda instruction: instruction.kind in CONTROL)
 
-    def launched(line: str) -> dict[str, int]:
-        match = _INSTRUCTION.match(line)
-        if match is None or match["kind"] in (*_CONTROL, *_NOTHING) or match["kind"].endswith("-done"):
+
+def traffic(program: Any) -> dict[str, int]:
+    """Bytes that a device's kernels read and write, by operation name ("" for none), counted as ``launches`` are.
+
+    By the sizes of their operands and results: what a kernel reads again, or finds in a cache, is not known. Of arrays
+    that are sliced, gathered from, or changed in place only that part counts.
+    """
+    found = read(program)
+    of_fusion = {name: _fused_bytes(part) for name, part in found.computations.items()}
+    arrays = {one.name: sum(one.arrays) for part in found.computations.values() for one in part}
+
+    def moved(instruction: Instruction) -> dict[str, int]:
+        if not instruction.launched:
             return {}
-        origin = _ORIGIN.search(line)
-        return {origin[1] if origin else "": 1}
+        if instruction.kind == "fusion":
+            return {instruction.origin: sum(of_fusion[name] for name, _ in instruction.called())}
+        return {instruction.origin: _bytes_of(instruction, [arrays.get(name, 0) for name in instruction.operands])}
 
-    return _total(program, launched, followed=lambda kind: kind in _CONTROL)
-
-
-def _total(
-    program: Any, measure: Callable[[str], Mapping[str, int]], followed: Callable[[str], bool]
-) -> dict[str, int]:
-    """What ``measure`` finds in the instructions of a program, and of what instructions of ``followed`` kinds call."""
-    own: dict[str, Counter[str]] = {}
-    calls: dict[str, list[tuple[str, int]]] = {}
-    computation = entry = ""
-    for line in program.as_text().splitlines():
-        if header := _COMPUTATION.match(line):
-            computation = header["name"]
-            entry = computation if header["entry"] else entry
-            own[computation], calls[computation] = Counter(), []
-        if not computation:
-            continue
-        own[computation].update(measure(line))
-        match = _INSTRUCTION.match(line)
-        if match is None or not followed(match["kind"]):
-            continue
-        turns = _TURNS.search(line)
-        for called in _CALLED.findall(_CONDITION.sub("", line) if turns else line):
-            calls[computation] += [(name, int(turns[1]) if turns else 1) for name in re.findall(r"[\w.-]+", called)]
-
-    @functools.cache
-    def total(computation: str) -> Counter[str]:
-        found = Counter(own[computation])
-        for name, times in calls[computation]:
-            found.update({operation: times * amount for operation, amount in total(name).items()})
-        return found
-
-    return dict(total(entry))
+    return found.total(moved, followed=lambda instruction: instruction.kind in CONTROL)
 
 
-def _bytes(kind: str, bits: str, shape: str) -> int:
-    size = int(np.prod([int(length) for length in shape.split(",") if length], dtype=np.int64))
-    return size * max(int(bits or 8) // 8, 1) if kind != "pred" else size
+def _bytes_of(instruction: Instruction, operands: list[int]) -> int:
+    """What an instruction by itself reads and writes."""
+    if instruction.kind in _READ_SOME:
+        return 2 * sum(instruction.arrays)
+    if instruction.kind in _CHANGE_SOME:
+        return 2 * operands[_CHANGE_SOME[instruction.kind]]
+    return sum(operands) + sum(instruction.arrays)
+
+
+def _fused_bytes(body: list[Instruction]) -> int:
+    """What a fusion of these instructions reads of its parameters and writes of its results."""
+    by_name = {one.name: one for one in body}
+    users: dict[str, list[Instruction]] = {}
+    for one in body:
+        for operand in one.operands:
+            users.setdefault(operand, []).append(one)
+
+    def read_of(parameter: str) -> int:
+        """The bytes that are read of it, or of what it is passed on as."""
+        size = sum(by_name[parameter].arrays)
+        some = 0
+        for user in users.get(parameter, ()):
+            first = user.operands[0] == parameter
+            if user.kind in _SAME:
+                some += read_of(user.name)
+            elif first and user.kind in _READ_SOME:
+                some += sum(user.arrays)
+            elif not (first and user.kind in _CHANGE_SOME):
+                return size
+        return min(some, size)
+
+    def written(one: Instruction) -> int:
+        if one.kind == "tuple":
+            return sum(written(by_name[name]) for name in one.operands if name in by_name)
+        if one.kind in _CHANGE_SOME:
+            return sum(by_name[one.operands[_CHANGE_SOME[one.kind]]].arrays)
+        if one.kind == "bitcast" and one.operands and by_name[one.operands[0]].kind in _CHANGE_SOME:
+            return written(by_name[one.operands[0]])
+        return sum(one.arrays)
+
+    reads = sum(read_of(one.name) for one in body if one.kind == "parameter")
+    return reads + sum(written(one) for one in body if one.root)

@@ -11,14 +11,14 @@ import dataclasses
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.profiler import ProfileData
 
-from cast_jax.core.compiled import collective_bytes, cost_analysis, instructions, launches, memory_bytes
+from cast_jax.core.compiled import collective_bytes, cost_analysis, instructions, launches, memory_bytes, traffic
 from cast_jax.core.config import check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.core.files import write_json
@@ -31,25 +31,27 @@ logger = logging.getLogger(__name__)
 SCOPES = ("encoder", "decoder", "mask_decoder", "criterion", "matching", "contrastive", "optimizer")
 PHASES = ("forward", "backward", "recomputed")
 
-# Dense bfloat16 products with float32 sums, TFLOP/s a device, by the vendors' data sheets.
+# By the vendors' data sheets, a device: dense bfloat16 products with float32 sums, TFLOP/s, and its memory's TB/s.
 PEAKS = {
-    r"H200": 989.0,
-    r"H100 PCIe": 756.0,
-    r"H100": 989.0,
-    r"A100": 312.0,
-    r"\bL4\b": 121.0,
-    r"RTX 4090$": 165.2,
-    r"TPU v4$": 275.0,
-    r"TPU v5 lite|TPU v5e": 197.0,
-    r"TPU v5p?$": 459.0,
-    r"TPU v6 lite|TPU v6e": 918.0,
+    r"H200": (989.0, 4.8),
+    r"H100 PCIe": (756.0, 2.0),
+    r"H100": (989.0, 3.35),
+    r"A100.*80GB": (312.0, 2.039),
+    r"A100": (312.0, 1.555),
+    r"\bL4\b": (121.0, 0.3),
+    r"RTX 4090$": (165.2, 1.008),
+    r"TPU v4$": (275.0, 1.228),
+    r"TPU v5 lite|TPU v5e": (197.0, 0.819),
+    r"TPU v5p?$": (459.0, 2.765),
+    r"TPU v6 lite|TPU v6e": (918.0, 1.64),
 }
 
 
-def peak_flops(device_kind: str) -> float | None:
-    """What a device can do at most, FLOP/s in bfloat16; None where it is not known (of a CPU it is not)."""
-    known = (peak for pattern, peak in PEAKS.items() if re.search(pattern, device_kind))
-    return next((peak * 1e12 for peak in known), None)
+def peaks(device_kind: str) -> tuple[float | None, float | None]:
+    """What a device can do at most, FLOP/s in bfloat16 and bytes/s; None where it is not known (of a CPU it is not)."""
+    known = (peaks for pattern, peaks in PEAKS.items() if re.search(pattern, device_kind))
+    flops, transfer = next(known, (None, None))
+    return flops and flops * 1e12, transfer and transfer * 1e12
 
 
 def part_of(path: str) -> tuple[str, str]:
@@ -155,18 +157,28 @@ def report(step: TrainStep, *, peak: float | None = None) -> dict[str, Any]:
 
     ``flops`` are the model's matrix products and convolutions on all devices, forward and backward, without what is
     computed again to save memory (``recomputed_flops``). ``peak`` is a device's FLOP/s, by default by its name.
+    ``least_seconds`` is what operations, and what reading and writing, would take by themselves at a device's peaks.
     """
     device, flops = step.mesh.devices.flat[0], by_part(matrix_flops(step.traced.jaxpr.jaxpr))
+    known_peak, transfer = peaks(device.device_kind)
+    peak = peak or known_peak
     memory = step.program.memory_analysis()
     again = sum(phases["recomputed"] for phases in flops.values())
+    all_flops, moved = sum(sum(phases.values()) for phases in flops.values()), by_scope(traffic(step.program))
     return {
         "device": device.device_kind,
         "devices": step.mesh.size,
-        "peak_flops": peak or peak_flops(device.device_kind),
-        "flops": sum(sum(phases.values()) for phases in flops.values()) - again,
+        "peak_flops": peak,
+        "peak_bytes_per_second": transfer,
+        "flops": all_flops - again,
         "recomputed_flops": again,
         "flops_by_part": flops,
         "xla": cost_analysis(step.program),
+        "traffic": moved,
+        "least_seconds": {
+            "operations": peak and all_flops / step.mesh.size / peak,
+            "traffic": transfer and sum(moved.values()) / transfer,
+        },
         "memory": {
             "arguments": memory and memory.argument_size_in_bytes,
             "temporaries": memory and memory.temp_size_in_bytes,
@@ -201,23 +213,33 @@ def as_text(report: Mapping[str, Any]) -> str:
         f"devices     {report['devices']} x {report['device']}",
         f"operations  {_giga(report['flops'])} GFLOP and {_giga(report['recomputed_flops'])} computed again (matrix "
         "products and convolutions, all devices)",
-        f"XLA says    {_giga(xla.get('flops', 0))} GFLOP, {size(xla.get('bytes'))} read and written (a device; bodies "
-        "of loops once)",
         f"memory      {size(memory['total'])} of {size(memory['limit'])} a device: {size(memory['arguments'])} of "
         f"arguments, {size(memory['temporaries'])} of temporaries",
         f"exchanged   {sent or 'nothing'} (a device)",
+        "moved       " + _parts(report["traffic"], lambda moved: f"{moved / 1e9:,.1f}", "GB read and written a device"),
     ]
-    if report["launches"]:
-        most = sorted(report["launches"].items(), key=lambda part: -part[1])
-        parts = ", ".join(f"{name} {count:,}" for name, count in most)
+    if xla:
         lines.append(
-            f"launched    {sum(report['launches'].values()):,} kernels (loops of unknown length once): {parts}"
+            f"XLA says    {_giga(xla.get('flops', 0))} GFLOP, {size(xla.get('bytes'))} read and written (a device; "
+            "bodies of loops once)"
         )
+    if report["launches"]:
+        lines.append("launched    " + _parts(report["launches"], lambda count: f"{count:,}", "kernels"))
+    least = {what: f"{1e3 * value:.1f} ms" for what, value in report["least_seconds"].items() if value is not None}
+    if least:
+        lines.append("at peaks    " + ", ".join(f"{what} {value}" for what, value in least.items()))
     if "seconds" in report:
         share = "no peak known" if report["mfu"] is None else f"{100 * report['mfu']:.1f} % of the peak (MFU)"
         speed = _giga(report["flops_per_second"])
         lines.append(f"step        {1e3 * report['seconds']:.1f} ms, {speed} GFLOP/s, {share}")
     return "\n".join([*lines, "", *_table(report)])
+
+
+def _parts(amounts: Mapping[str, int], shown: Callable[[int], str], unit: str) -> str:
+    """Their sum, and each part's, the largest first."""
+    most = sorted(amounts.items(), key=lambda part: -part[1])
+    parts = ", ".join(f"{name} {shown(amount)}" for name, amount in most)
+    return f"{shown(sum(amounts.values()))} {unit} (loops of unknown length once): {parts}"
 
 
 def _giga(amount: float) -> str:

@@ -161,26 +161,27 @@ def test_a_trace_of_this_machine(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("device", "peak"),
+    ("device", "flops", "transfer"),
     [
-        ("NVIDIA H200", 989.0),
-        ("NVIDIA H100 80GB HBM3", 989.0),
-        ("NVIDIA H100 PCIe", 756.0),
-        ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA L4", 121.0),
-        ("NVIDIA L40S", None),
-        ("NVIDIA GeForce RTX 4090", 165.2),
-        ("NVIDIA GeForce RTX 4090 D", None),
-        ("TPU v4", 275.0),
-        ("TPU v5 lite", 197.0),
-        ("TPU v5", 459.0),
-        ("TPU v5p", 459.0),
-        ("TPU v6 lite", 918.0),
-        ("cpu", None),
+        ("NVIDIA H200", 989.0, 4.8),
+        ("NVIDIA H100 80GB HBM3", 989.0, 3.35),
+        ("NVIDIA H100 PCIe", 756.0, 2.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0, 2.039),
+        ("NVIDIA A100-SXM4-40GB", 312.0, 1.555),
+        ("NVIDIA L4", 121.0, 0.3),
+        ("NVIDIA L40S", None, None),
+        ("NVIDIA GeForce RTX 4090", 165.2, 1.008),
+        ("NVIDIA GeForce RTX 4090 D", None, None),
+        ("TPU v4", 275.0, 1.228),
+        ("TPU v5 lite", 197.0, 0.819),
+        ("TPU v5", 459.0, 2.765),
+        ("TPU v5p", 459.0, 2.765),
+        ("TPU v6 lite", 918.0, 1.64),
+        ("cpu", None, None),
     ],
 )
-def test_peaks(device, peak):
-    assert profiling.peak_flops(device) == (peak and pytest.approx(1e12 * peak))
+def test_peaks(device, flops, transfer):
+    assert profiling.peaks(device) == tuple(peak and pytest.approx(1e12 * peak) for peak in (flops, transfer))
 
 
 def test_faulty_settings_are_named():
