@@ -130,9 +130,12 @@ def gpus(name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _elsewhere(elsewhere: _Elsewhere) -> Iterator[None]:
     token = _ELSEWHERE.set(elsewhere)
+    caches = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)  # what cannot run here cannot be loaded from a cache
     try:
         yield
     finally:
+        jax.config.update("jax_enable_compilation_cache", caches)
         _ELSEWHERE.reset(token)
 
 

@@ -31,6 +31,8 @@ def test_within_a_slice_they_are_for_its_devices(monkeypatch):
         assert not on_one_cpu()
         assert runtime.memory_limit() is None
         assert make_mesh({"fsdp": 2}).shape == {"data": 2, "fsdp": 2}
+        assert not jax.config.jax_enable_compilation_cache
+    assert jax.config.jax_enable_compilation_cache
     assert target.backend() == jax.default_backend()
     assert runtime.memory_limit() is not None
 
