@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from cast_jax.core import target
 from cast_jax.core.config import check_ranges
 from cast_jax.core.decoded import Decoded, mask_logits
 from cast_jax.core.errors import UserError
@@ -224,7 +225,9 @@ class MaskDecoder(nnx.Module):
 
         first = read(queries)
         keep = self._draw_dropout(batch, queries.shape[1], rngs)
-        _, later = self.layers.scan(run, (queries, first[1]), keep, together=config.num_levels)
+        # Keys and values of whole maps are kept for the gradient; a loop would copy them twice.
+        unrolled = target.backend() == "gpu"
+        _, later = self.layers.scan(run, (queries, first[1]), keep, together=config.num_levels, unrolled=unrolled)
         join = lambda one, more: jnp.concatenate([one[:, None], jnp.moveaxis(more, 0, 1)], axis=1)
         normed, embeddings = jax.tree.map(join, first, later)
         return Decoded(embeddings, mask_features, self.class_head(normed).astype(jnp.float32))

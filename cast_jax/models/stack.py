@@ -35,11 +35,13 @@ class Stack(nnx.Module, Generic[Layer]):
         *,
         layers: int | None = None,
         together: int = 1,
+        unrolled: bool = False,
     ) -> tuple[Any, Any]:
         """``carry, results = body([layer, ...], carry, [given, ...])`` for ``together`` layers at a time, in turn.
 
         ``given`` is a tree of ``[layers, ...]`` arrays, of which the body sees one for each of its layers, and for each
         it returns one result; the last turn may have fewer layers. ``layers``: run only so many, at most ``count``.
+        ``unrolled``: compile every turn by itself; nothing is then copied into and out of arrays of all turns.
 
         Returns:
           The last carry, and the results of all layers: a tree of ``[layers, ...]`` arrays.
@@ -55,7 +57,7 @@ class Stack(nnx.Module, Generic[Layer]):
             return jax.tree.map(lambda array: array[index], (parameters, given))
 
         looped = count // together * together if count >= 2 * together else 0
-        if jax.config.jax_debug_nans:  # type: ignore[attr-defined]
+        if unrolled or jax.config.jax_debug_nans:  # type: ignore[attr-defined]
             looped = 0  # of a loop only itself could be named
         results = []
         if looped:

@@ -20,7 +20,7 @@ class Net(nnx.Module):
     def __init__(self, count: int, *, rngs: nnx.Rngs):
         self.layers = Stack(lambda: nnx.Linear(3, 3, rngs=rngs), count)
 
-    def __call__(self, x, *, shift, layers=None, together=1, rngs=None):
+    def __call__(self, x, *, shift, rngs=None, **options):
         def run(each, x, shifts):
             found = []
             for place, (layer, shift) in enumerate(zip(each, shifts, strict=True)):
@@ -28,7 +28,7 @@ class Net(nnx.Module):
                 found.append({"sum": jnp.sum(x), "x": x})
             return x, found
 
-        return self.layers.scan(run, x, shift, layers=layers, together=together)
+        return self.layers.scan(run, x, shift, **options)
 
 
 def by_hand(params, x, shift, layers, together):
@@ -40,12 +40,15 @@ def by_hand(params, x, shift, layers, together):
     return x, jnp.stack(found)
 
 
+@pytest.mark.parametrize("unrolled", [False, True])
 @pytest.mark.parametrize(("layers", "together"), [(5, 1), (3, 1), (5, 2), (4, 2), (5, 7), (1, 3)])
-def test_a_stack_computes_what_a_loop_does(layers, together):
+def test_a_stack_computes_what_a_loop_does(layers, together, unrolled):
     model = Functional(lambda rngs: Net(5, rngs=rngs))
     params = model.init(jax.random.key(0))
     x, shift = jax.random.normal(jax.random.key(1), (2, 3)), jnp.arange(5.0)
-    run = lambda params, x: model.apply(params, x, shift=shift, layers=layers, together=together)
+    options = {"layers": layers, "together": together, "unrolled": unrolled}
+    run = lambda params, x: model.apply(params, x, shift=shift, **options)
+    assert ("scan[" in str(jax.make_jaxpr(run)(params, x))) == (layers >= 2 * together and not unrolled)
     expected, all_expected = by_hand(params, x, shift, layers, together)
     last, found = jax.jit(run)(params, x)
     np.testing.assert_allclose(last, expected, rtol=1e-6)
