@@ -13,6 +13,7 @@ from tiny import Linear
 
 from cast_jax.core import target
 from cast_jax.core.errors import UserError
+from cast_jax.core.runtime import as_size
 from cast_jax.models.functional import Functional
 from cast_jax.settings import RunConfig
 from configs import coco
@@ -54,9 +55,9 @@ def test_a_step_is_compiled_timed_and_traced(script, config, tmp_path, capsys):
     assert {"criterion", "matching", "optimizer"} <= set(figures["seconds_by_part"])
     assert all(row in shown for row in ("devices     1 x cpu", "| optimizer |", "3 updates take 0:00:00"))
     assert "% of the peak (MFU)" in shown
-    assert figures["least_seconds"] == {"operations": pytest.approx(figures["flops"] / 0.5e12), "traffic": None}
+    assert figures["seconds_at_peak"] == {"operations": pytest.approx(figures["flops"] / 0.5e12), "traffic": None}
     assert sum(figures["traffic"].values()) > figures["memory"]["arguments"]
-    assert f"moved       {sum(figures['traffic'].values()) / 1e9:,.1f} GB read and written a device" in shown
+    assert f"moved       {as_size(sum(figures['traffic'].values()))} read and written (a device)" in shown
 
 
 def test_abstract_says_what_running_would_without_running(script, config, tmp_path, capsys):

@@ -15,8 +15,8 @@ from jax.extend.core import Jaxpr, jaxprs_in_params
 def matrix_flops(jaxpr: Jaxpr) -> Counter[str]:
     """Operations (2 a multiply-add) by name stack, ``jvp(encoder)/mlp``, over all devices.
 
-    Loops count as often as they turn; ``while`` loops, of which that is not known, do not count. Of ``cond`` the
-    dearest branch does. Convolutions count as if nothing were padded.
+    Loops count as often as they turn; ``while`` loops, of which that is not known, once. Of ``cond`` the dearest branch
+    does. Convolutions count as if nothing were padded.
     """
     return _count(jaxpr, "", 1)
 
@@ -31,7 +31,7 @@ def _count(jaxpr: Jaxpr, prefix: str, times: int) -> Counter[str]:
         elif name == "cond":
             branches = [_count(branch.jaxpr, path, times) for branch in params["branches"]]
             found.update(max(branches, key=lambda counts: sum(counts.values())))
-        elif name != "while":
+        else:
             inner = times
             if name == "scan":
                 inner *= params["length"]

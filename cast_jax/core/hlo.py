@@ -14,13 +14,13 @@ import numpy as np
 CONTROL = ("while", "conditional", "call")
 
 # Instructions that only name what is there.
-_NOTHING = (
+_NO_OPS = (
     *("parameter", "constant", "bitcast", "get-tuple-element", "tuple"),
     *("after-all", "add-dependency", "opt-barrier", "partition-id", "replica-id"),
 )
 
 _INSTRUCTION = re.compile(
-    r"^\s*(?P<root>ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>\(.*?\)|\S+) (?P<kind>[\w-]+)\((?P<operands>[^)]*)"
+    r"^\s*(?P<root>ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[\w-]+)\((?P<operands>[^)]*)"
 )
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) .*\{$")
 _CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|\w+_computations?)=(\{[^}]*\}|%?[\w.-]+)")
@@ -30,11 +30,24 @@ _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\]")
 
 
+class HloArray(NamedTuple):
+    """Its type, such as "f32", its elements, and the bytes of each."""
+
+    dtype: str
+    elements: int
+    itemsize: int
+
+    @property
+    def bytes(self) -> int:
+        """Of all elements."""
+        return self.elements * self.itemsize
+
+
 class Instruction(NamedTuple):
     """One line of a computation."""
 
     name: str
-    kind: str
+    opcode: str
     shape: str
     operands: tuple[str, ...]
     """The names of the instructions whose results it takes."""
@@ -48,14 +61,20 @@ class Instruction(NamedTuple):
         return found[1] if found else ""
 
     @property
-    def arrays(self) -> list[int]:
-        """The bytes of each array of its result."""
-        return [_bytes(*array) for array in _ARRAY.findall(self.shape)]
+    def arrays(self) -> list[HloArray]:
+        """The array that is its result, or those of the tuple."""
+        return [_array(*array) for array in _ARRAY.findall(self.shape)]
+
+    @property
+    def results(self) -> list[HloArray]:
+        """``arrays`` without those that only name what it was given, as of what is started and awaited later."""
+        arrays = self.arrays
+        return arrays[len(arrays) // 2 :] if self.opcode.endswith("-start") else arrays
 
     @property
     def launched(self) -> bool:
         """Whether it does something itself, and neither runs other instructions nor only names what is there."""
-        return self.kind not in (*CONTROL, *_NOTHING) and not self.kind.endswith("-done")
+        return self.opcode not in (*CONTROL, *_NO_OPS) and not self.opcode.endswith("-done")
 
     def called(self) -> list[tuple[str, int]]:
         """The computations that it runs, and how often; once where the program does not say."""
@@ -105,12 +124,12 @@ def read(program: Any) -> Program:
         elif found := _INSTRUCTION.match(line):
             operands = tuple(re.findall(r"%([\w.-]+)", found["operands"]))
             current.append(
-                Instruction(found["name"], found["kind"], found["shape"], operands, bool(found["root"]), line)
+                Instruction(found["name"], found["opcode"], found["shape"], operands, bool(found["root"]), line)
             )
     name = text.removeprefix("HloModule ").split(",", 1)[0].split()[0]
     return Program(name, computations, entry)
 
 
-def _bytes(kind: str, bits: str, shape: str) -> int:
-    size = int(np.prod([int(length) for length in shape.split(",") if length], dtype=np.int64))
-    return size * max(int(bits or 8) // 8, 1) if kind != "pred" else size
+def _array(kind: str, bits: str, shape: str) -> HloArray:
+    elements = int(np.prod([int(length) for length in shape.split(",") if length], dtype=np.int64))
+    return HloArray(kind + bits, elements, 1 if kind == "pred" else max(int(bits or 8) // 8, 1))

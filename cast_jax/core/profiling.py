@@ -18,13 +18,15 @@ from typing import Any
 import jax
 from jax.profiler import ProfileData
 
-from cast_jax.core.compiled import collective_bytes, cost_analysis, instructions, launches, memory_bytes, traffic
+from cast_jax.core.compiled import collective_bytes, cost_analysis, instructions, launches, memory_bytes
 from cast_jax.core.config import check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.core.files import write_json
 from cast_jax.core.flops import matrix_flops
 from cast_jax.core.runtime import as_size, memory_limit
 from cast_jax.core.step import TrainStep
+from cast_jax.core.target import GPUS
+from cast_jax.core.traffic import traffic
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +35,14 @@ PHASES = ("forward", "backward", "recomputed")
 
 # By the vendors' data sheets, a device: dense bfloat16 products with float32 sums, TFLOP/s, and its memory's TB/s.
 PEAKS = {
-    r"H200": (989.0, 4.8),
-    r"H100 PCIe": (756.0, 2.0),
-    r"H100": (989.0, 3.35),
-    r"A100.*80GB": (312.0, 2.039),
-    r"A100": (312.0, 1.555),
-    r"\bL4\b": (121.0, 0.3),
-    r"RTX 4090$": (165.2, 1.008),
+    r"\bH200$": (989.0, GPUS["h200"].bandwidth),
+    r"\bH100 PCIe$": (756.0, 2.0),
+    r"\bH100 80GB HBM3$": (989.0, GPUS["h100"].bandwidth),
+    r"\bA100-SXM4-80GB$": (312.0, GPUS["a100"].bandwidth),
+    r"\bA100 80GB PCIe$": (312.0, 1.935),
+    r"\bA100.*40GB$": (312.0, 1.555),
+    r"\bL4$": (121.0, GPUS["l4"].bandwidth),
+    r"\bRTX 4090$": (165.2, GPUS["rtx4090"].bandwidth),
     r"TPU v4$": (275.0, 1.228),
     r"TPU v5 lite|TPU v5e": (197.0, 0.819),
     r"TPU v5p?$": (459.0, 2.765),
@@ -157,7 +160,9 @@ def report(step: TrainStep, *, peak: float | None = None) -> dict[str, Any]:
 
     ``flops`` are the model's matrix products and convolutions on all devices, forward and backward, without what is
     computed again to save memory (``recomputed_flops``). ``peak`` is a device's FLOP/s, by default by its name.
-    ``least_seconds`` is what operations, and what reading and writing, would take by themselves at a device's peaks.
+    ``seconds_at_peak`` is what operations, and what reading and writing, would take by themselves at a device's peaks:
+    no bound, as traffic is counted by sizes, and loops of unknown length once. (Such are the criterion's, over what
+    there is of instances.)
     """
     device, flops = step.mesh.devices.flat[0], by_part(matrix_flops(step.traced.jaxpr.jaxpr))
     known_peak, transfer = peaks(device.device_kind)
@@ -175,7 +180,7 @@ def report(step: TrainStep, *, peak: float | None = None) -> dict[str, Any]:
         "flops_by_part": flops,
         "xla": cost_analysis(step.program),
         "traffic": moved,
-        "least_seconds": {
+        "seconds_at_peak": {
             "operations": peak and all_flops / step.mesh.size / peak,
             "traffic": transfer and sum(moved.values()) / transfer,
         },
@@ -212,11 +217,11 @@ def as_text(report: Mapping[str, Any]) -> str:
     lines = [
         f"devices     {report['devices']} x {report['device']}",
         f"operations  {_giga(report['flops'])} GFLOP and {_giga(report['recomputed_flops'])} computed again (matrix "
-        "products and convolutions, all devices)",
+        "products and convolutions, all devices; loops of unknown length once)",
         f"memory      {size(memory['total'])} of {size(memory['limit'])} a device: {size(memory['arguments'])} of "
         f"arguments, {size(memory['temporaries'])} of temporaries",
         f"exchanged   {sent or 'nothing'} (a device)",
-        "moved       " + _parts(report["traffic"], lambda moved: f"{moved / 1e9:,.1f}", "GB read and written a device"),
+        "moved       " + _parts(report["traffic"], as_size, "read and written (a device)"),
     ]
     if xla:
         lines.append(
@@ -224,10 +229,10 @@ def as_text(report: Mapping[str, Any]) -> str:
             "bodies of loops once)"
         )
     if report["launches"]:
-        lines.append("launched    " + _parts(report["launches"], lambda count: f"{count:,}", "kernels"))
-    least = {what: f"{1e3 * value:.1f} ms" for what, value in report["least_seconds"].items() if value is not None}
-    if least:
-        lines.append("at peaks    " + ", ".join(f"{what} {value}" for what, value in least.items()))
+        lines.append("launched    " + _parts(report["launches"], "{:,}".format, "kernels"))
+    times = {what: f"{1e3 * value:.1f} ms" for what, value in report["seconds_at_peak"].items() if value is not None}
+    if times:
+        lines.append("at peaks    " + ", ".join(f"{what} {value}" for what, value in times.items()))
     if "seconds" in report:
         share = "no peak known" if report["mfu"] is None else f"{100 * report['mfu']:.1f} % of the peak (MFU)"
         speed = _giga(report["flops_per_second"])
@@ -239,7 +244,7 @@ def _parts(amounts: Mapping[str, int], shown: Callable[[int], str], unit: str) -
     """Their sum, and each part's, the largest first."""
     most = sorted(amounts.items(), key=lambda part: -part[1])
     parts = ", ".join(f"{name} {shown(amount)}" for name, amount in most)
-    return f"{shown(sum(amounts.values()))} {unit} (loops of unknown length once): {parts}"
+    return f"{shown(sum(amounts.values()))} {unit}, loops of unknown length once: {parts}"
 
 
 def _giga(amount: float) -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from cast_jax.core.errors import UserError
 
@@ -130,13 +131,18 @@ def gpus(name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _elsewhere(elsewhere: _Elsewhere) -> Iterator[None]:
     token = _ELSEWHERE.set(elsewhere)
-    caches = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
-    jax.config.update("jax_enable_compilation_cache", False)  # what cannot run here cannot be loaded from a cache
+    cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    _use_cache(False)  # what cannot run here cannot be loaded from it
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", caches)
+        _use_cache(cached)
         _ELSEWHERE.reset(token)
+
+
+def _use_cache(use: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", use)
+    compilation_cache.reset_cache()  # or it goes by what was set when it was first asked
 
 
 def _described(gpu: Gpu) -> str:

@@ -3,7 +3,7 @@
 Slots of instances are mostly padding, and a mask takes more memory than anything else of its query. So the masks of
 matched queries are formed of one image's block of slots at a time, and of blocks without an instance not at all. How
 many turns that takes is known only when the program runs, and such loops have no gradient by themselves: it is given
-here. The points are kept, the masks formed again.
+here. Points are kept, those of all slots; masks are formed again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cast_jax.core.sharding import batch_axes, on_one_cpu
 from cast_jax.losses.config import CriterionConfig
 from cast_jax.losses.points import read_at, uncertain_points
 
-_TOGETHER = 20  # slots at most that are a block
+_SLOTS = 20  # of a block, at most
 
 Terms = tuple[Float[Array, "*masks"], Float[Array, "*masks"]]
 
@@ -44,7 +44,7 @@ class MaskTargets(NamedTuple):
 
 def number_of_blocks(slots: int) -> int:
     """In how many blocks an image's slots of instances are compared."""
-    return max(-(-slots // _TOGETHER), 1)
+    return -(-slots // _SLOTS)
 
 
 def mask_terms(
@@ -62,9 +62,10 @@ def matched_mask_terms(
     targets: MaskTargets,
     config: CriterionConfig,
 ) -> Terms:
-    """The same of the masks ``embeddings`` x ``features``, in each layer; anything finite where ``valid`` is False.
+    """The same of the masks ``embeddings`` x ``features``, in each layer; anything where ``valid`` is False.
 
-    Each device compares its own images, where they divide.
+    Each device compares its own images, where they divide. Features of an image without an instance are not looked at,
+    be they finite or not.
 
     Args:
       keys: ``[images, layers, number_of_blocks(instances)]``.

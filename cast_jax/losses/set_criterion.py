@@ -60,8 +60,7 @@ def set_terms(
     """The terms "class", "mask" and "dice" of each image in each layer, unweighted, as (sum, count).
 
     Whole masks are formed of the matched queries only. All layers are matched at the same points (chosen; Mask2Former
-    draws new ones for each). The masks of layers are compared one after another by one compiled body: unrolled, they
-    would take minutes to compile.
+    draws new ones for each).
 
     Args:
       keys: see :func:`point_keys`.

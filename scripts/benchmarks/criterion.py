@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from benchmarks.timing import medians, run, temporary_mib
+from benchmarks.torch_step import DEVICE
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
@@ -79,9 +80,10 @@ def _loss(layers: Decoded, targets: Targets, key: jax.Array) -> jax.Array:
 def _in_torch(layers: Decoded, targets: Targets) -> Any:
     """A call of the same with its gradient; the instances only, as lists."""
     loss = Mask2FormerLoss(Mask2FormerConfig(num_labels=CLASSES), {})  # type: ignore[no-untyped-call, call-arg]
-    embeddings, features, classes = (torch.from_numpy(np.array(a)).requires_grad_() for a in layers)
+    to_torch = lambda array: torch.from_numpy(np.array(array)).to(DEVICE)
+    embeddings, features, classes = (to_torch(array).requires_grad_() for array in layers)
     valid = np.asarray(targets.valid)
-    of_images = lambda values: [torch.from_numpy(np.array(v[keep])) for v, keep in zip(values, valid, strict=True)]
+    of_images = lambda values: [to_torch(v[keep]) for v, keep in zip(values, valid, strict=True)]
     masks = [image.float() for image in of_images(np.asarray(targets.masks))]
     labels = [image.long() for image in of_images(np.asarray(targets.labels))]
 
@@ -93,6 +95,7 @@ def _in_torch(layers: Decoded, targets: Targets) -> Any:
         ]
         terms = loss(**predictions[-1], mask_labels=masks, class_labels=labels, auxiliary_predictions=predictions[:-1])
         weighted = [(2.0 if "cross_entropy" in name else 5.0) * term for name, term in terms.items()]
-        torch.autograd.grad(torch.stack(weighted).sum(), (embeddings, features, classes))
+        gradients = torch.autograd.grad(torch.stack(weighted).sum(), (embeddings, features, classes))
+        gradients[0].sum().item()  # waits for a GPU
 
     return call

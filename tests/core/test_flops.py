@@ -28,7 +28,7 @@ def test_products_in_loops_and_branches():
     assert total(jax.grad(lambda x, w: scan(x, w).sum(), argnums=1), X, W) == 15 * PRODUCT
     branches = [lambda x, w: x, lambda x, w: x @ w, lambda x, w: (x @ w) @ w]
     assert total(lambda i, x, w: jax.lax.switch(i, branches, x, w), 0, X, W) == 2 * PRODUCT
-    assert total(lambda x, w: jax.lax.while_loop(lambda c: c.sum() < 9, lambda c: c @ w, x), X, W) == 0
+    assert total(lambda x, w: jax.lax.while_loop(lambda c: c.sum() < 9, lambda c: c @ w, x), X, W) == PRODUCT
     assert total(lambda x, w: jax.jit(jnp.matmul)(x, w), X, W) == PRODUCT
 
 

@@ -164,9 +164,12 @@ def test_a_trace_of_this_machine(tmp_path):
     ("device", "flops", "transfer"),
     [
         ("NVIDIA H200", 989.0, 4.8),
-        ("NVIDIA H100 80GB HBM3", 989.0, 3.35),
+        ("NVIDIA H200 NVL", None, None),
+        ("NVIDIA GH200 480GB", None, None),
+        ("NVIDIA H100 80GB HBM3", 989.0, 3.352),
         ("NVIDIA H100 PCIe", 756.0, 2.0),
         ("NVIDIA A100-SXM4-80GB", 312.0, 2.039),
+        ("NVIDIA A100 80GB PCIe", 312.0, 1.935),
         ("NVIDIA A100-SXM4-40GB", 312.0, 1.555),
         ("NVIDIA L4", 121.0, 0.3),
         ("NVIDIA L40S", None, None),

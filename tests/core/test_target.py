@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from cast_jax.core import runtime, target
 from cast_jax.core.errors import UserError
@@ -31,10 +32,33 @@ def test_within_a_slice_they_are_for_its_devices(monkeypatch):
         assert not on_one_cpu()
         assert runtime.memory_limit() is None
         assert make_mesh({"fsdp": 2}).shape == {"data": 2, "fsdp": 2}
-        assert not jax.config.jax_enable_compilation_cache
-    assert jax.config.jax_enable_compilation_cache
     assert target.backend() == jax.default_backend()
     assert runtime.memory_limit() is not None
+
+
+def test_programs_for_elsewhere_are_not_cached(tmp_path, monkeypatch):
+    """Whether or not something was compiled before."""
+    device = types.SimpleNamespace(platform="tpu", process_index=0)
+    monkeypatch.setattr(topologies, "get_topology_desc", lambda name, platform: types.SimpleNamespace(devices=[device]))
+    settings = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0}
+    before = {name: getattr(jax.config, name) for name in settings}
+
+    def cached(number: float) -> int:
+        jax.block_until_ready(jax.jit(lambda x: x * number)(1.0))
+        return len(list(tmp_path.iterdir()))
+
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        here = cached(2.0)
+        with target.tpu_slice("v5e:1x1"):
+            assert cached(3.0) == here > 0
+        assert cached(5.0) > here
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 @pytest.mark.parametrize(

@@ -342,7 +342,7 @@ def test_blocks_of_instances_are_all_instances(backend, monkeypatch):
     given = dataclasses.replace(targets(), valid=jnp.asarray([[True, True, False], [True, False, True]]))
     found = {}
     for together in (20, 2):
-        monkeypatch.setattr(mask_terms, "_TOGETHER", together)
+        monkeypatch.setattr(mask_terms, "_SLOTS", together)
         found[together] = jax.jit(lambda *given: dense.__wrapped__(*given))(*logits(), given)
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-7), *found.values())
 
