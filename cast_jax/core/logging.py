@@ -43,6 +43,9 @@ def setup_logging(path: Path | None = None, *, level: int = logging.INFO) -> log
         handler.close()
     logger.setLevel(logging.DEBUG if is_first() else logging.WARNING)
     logger.propagate = False
+    of_jax = logging.getLogger("jax")
+    if of_jax.level == logging.NOTSET:  # else somebody wants to see it (JAX_LOGGING_LEVEL)
+        of_jax.setLevel(logging.WARNING)  # absl, which reads a script's flags, shows all that is logged
     console = _ConsoleHandler(level)
     console.setFormatter(logging.Formatter("%(message)s" if is_first() else f"[{jax.process_index()}] %(message)s"))
     logger.addHandler(console)

@@ -78,6 +78,18 @@ def test_the_log_goes_to_the_file_in_full_and_to_the_console_from_its_level(tmp_
         logger.propagate = True
 
 
+def test_what_jax_tells_of_itself_is_shown_to_those_who_ask():
+    of_jax = logging.getLogger("jax")
+    before = of_jax.level
+    try:
+        for level, shown in ((logging.NOTSET, False), (logging.INFO, True)):
+            of_jax.setLevel(level)
+            setup_logging()
+            assert logging.getLogger("jax._src.compilation_cache").isEnabledFor(logging.INFO) == shown
+    finally:
+        of_jax.setLevel(before)
+
+
 def test_the_environment_is_json_and_names_versions():
     found = json.loads(json.dumps(environment()))
     assert found["packages"]["jax"]
