@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
-
-import numpy as np
 
 # Instructions that run others, which a trace lists by themselves.
 CONTROL = ("while", "conditional", "call")
@@ -131,5 +130,5 @@ def read(program: Any) -> Program:
 
 
 def _array(kind: str, bits: str, shape: str) -> HloArray:
-    elements = int(np.prod([int(length) for length in shape.split(",") if length], dtype=np.int64))
+    elements = math.prod(int(length) for length in shape.split(",") if length)
     return HloArray(kind + bits, elements, 1 if kind == "pred" else max(int(bits or 8) // 8, 1))

@@ -86,13 +86,27 @@ def test_blocks_are_what_all_at_once_are(config, backend, monkeypatch):
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=2e-5, atol=2e-5), *both(config))
 
 
-def test_gradients_of_bfloat16_features_are_rounded_by_block():
-    """Blocks' gradients are rounded and add up in float32."""
+def test_gradients_of_bfloat16_features_are_those_of_all_at_once():
     (_, found), (_, expected) = both(CONFIGS[0], jnp.bfloat16)
     for one, two in zip(found, expected, strict=True):
         assert one.dtype == two.dtype == jnp.bfloat16
         one, two = np.asarray(one, np.float32), np.asarray(two, np.float32)
         assert np.abs(one - two).max() < 2.0**-7 * np.abs(two).max()
+
+
+def test_gradients_of_bfloat16_features_add_up_in_float32(monkeypatch):
+    """Of 600 equal instances: a sum in bfloat16 no longer grows from 256 of them on."""
+    monkeypatch.setattr(mask_terms, "_SLOTS", 1)
+
+    def gradient(slots: int) -> jax.Array:
+        ones = lambda *shape, dtype=jnp.float32: jnp.ones(shape, dtype)
+        targets = MaskTargets(ones(1, slots, 4, 4) > 0, ones(1, 4, 4) < 0, ones(1, slots, 4, 4), 0 * ones(1, 4, 4))
+        keys = jax.random.split(jax.random.key(0), (1, 1, slots))
+        embeddings, valid = ones(1, 1, slots, 2, dtype=jnp.bfloat16), ones(1, slots) > 0
+        total = lambda features: jnp.sum(matched_mask_terms(keys, embeddings, features, valid, targets, CONFIGS[0])[0])
+        return jax.jit(jax.grad(total))(ones(1, 4, 4, 2, dtype=jnp.bfloat16)).astype(jnp.float32)
+
+    np.testing.assert_allclose(gradient(600), 600 * gradient(1), rtol=2.0**-7)
 
 
 def test_images_without_instances_are_not_looked_at():

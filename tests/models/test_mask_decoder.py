@@ -168,3 +168,20 @@ def test_several_turns_compute_what_single_layers_do():
     jax.tree.map(close, (looped, gradients), (single, expected))
     first = named_leaves(gradients)["layers/each/cross/query/kernel"]
     assert (np.abs(first).max(axis=(1, 2)) > 1e-4).all()
+
+
+def test_on_a_gpu_turns_are_compiled_one_by_one(monkeypatch):
+    """And compute what the loop does, gradients too."""
+    model = decoder(MaskDecoderConfig(**SMALL | {"num_layers": 4}, num_queries=7, dropout=0.0))
+    params, found, loops = drawn(model.abstract(), 0.3), {}, {}
+
+    def total(params):
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(model.apply(params, *maps())))
+
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        run = lambda params: jax.value_and_grad(lambda params: total(params))(params)  # traced anew
+        loops[backend] = "scan[" in str(jax.make_jaxpr(run)(params))
+        found[backend] = jax.jit(run)(params)
+    assert loops == {"cpu": True, "gpu": False}
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4), *found.values())

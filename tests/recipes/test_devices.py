@@ -23,11 +23,13 @@ from cast_jax.core.compiled import collective_bytes
 from cast_jax.core.optim import OptimizerConfig
 from cast_jax.core.rules import named_leaves
 from cast_jax.core.step import TrainStep
+from cast_jax.losses import mask_terms
 from cast_jax.losses.matching import match_all
 from cast_jax.recipes.semi_supervised import SemiSupervised
 from jax.sharding import NamedSharding, PartitionSpec
 
 sharding.SMALL = 64
+mask_terms._SLOTS = 2  # two blocks an image
 contrastive = ContrastiveConfig(num_negatives=8, num_anchors=32, group_size=16)
 recipe = SemiSupervised(*parts(), dataclasses.replace(ALL, contrastive=contrastive), NAMES)
 batches = [{"labelled": group(8, seed), "unlabelled": group(8, 100 + seed)} for seed in range(3)]
