@@ -221,14 +221,17 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _compiler_options() -> dict[str, int | bool]:
-    """For CPUs LLVM's first level: a tenth less time to compile, and the update is as fast. A user's choice stands.
+def _compiler_options() -> dict[str, str | int | bool]:
+    """What XLA is told beside the user's own choices, which stand.
 
-    For GPUs that are not here no Triton products: without a GPU to try them on XLA may find no size of their tiles.
+    On a CPU compiling takes long and gains little: LLVM's first level makes updates as fast as its third, and splitting
+    reductions in two makes kernels for both halves. Long sums are a library's work there, split or not; what is left is
+    maxima, integers and short sums. For GPUs that are not here no Triton products: without a GPU to try them on XLA may
+    find no size of their tiles.
     """
-    chosen: dict[str, int | bool] = {}
+    chosen: dict[str, str | int | bool] = {}
     if target.backend() == "cpu":
-        chosen = {"xla_backend_optimization_level": 1}
+        chosen = {"xla_backend_optimization_level": 1, "xla_disable_hlo_passes": "tree_reduction_rewriter"}
     elif target.backend() == "gpu" and target.absent():
         chosen = {"xla_gpu_enable_triton_gemm": False}
     return {name: value for name, value in chosen.items() if name not in os.environ.get("XLA_FLAGS", "")}
