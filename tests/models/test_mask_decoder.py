@@ -184,4 +184,4 @@ def test_on_a_gpu_turns_are_compiled_one_by_one(monkeypatch):
         loops[backend] = "scan[" in str(jax.make_jaxpr(run)(params))
         found[backend] = jax.jit(run)(params)
     assert loops == {"cpu": True, "gpu": False}
-    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4), *found.values())
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-5, atol=2e-5), *found.values())
