@@ -257,7 +257,7 @@ class Pipeline:
 
     def _unlabelled(self, name: str) -> Source:
         which = self.config.steps[name].pseudo_labels
-        if not which:
+        if which in ("", "online"):
             return self.datasets.unlabelled
         store = PseudoLabels.open(self.workdir / "pseudo_labels" / which)
         self._record_labels(self.workdir / name / "pseudo_labels.json", store)

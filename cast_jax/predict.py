@@ -19,10 +19,7 @@ from cast_jax.core.sharding import batch_sharding, make_mesh, own_rows, shard_ba
 from cast_jax.data.pipeline import eval_batches
 from cast_jax.data.sources.base import Source
 from cast_jax.models.functional import Functional, Params
-from cast_jax.models.segmenter import score_instances
-
-# Mask logits beyond this are as good as certain (a probability of 0.982).
-SATURATION = 4.0
+from cast_jax.models.segmenter import SATURATION, score_instances
 
 
 class Predictor:

@@ -148,7 +148,7 @@ def _check_names(run: RunConfig) -> None:
         choices.append((f"{where}.model", step.model, tuple(run.model)))
         choices.append((f"{where}.source", step.source, ("labelled", "pretrain")))
         choices.append((f"{where}.start", step.start, ("", *steps)))
-        choices.append((f"{where}.pseudo_labels", step.pseudo_labels, ("", *teachers)))
+        choices.append((f"{where}.pseudo_labels", step.pseudo_labels, ("", "online", *teachers)))
         choices.append((f"{where}.train.best_metric", step.train.best_metric, (None, *METRICS)))
     for key, value, known in choices:
         if value not in known:
@@ -167,9 +167,16 @@ def _check_step(run: RunConfig, name: str, mesh: Mesh) -> None:
         check_batch_size(size, mesh.size, step.train.accumulate)
     if objective.pseudo_label_weight and not (step.pseudo_labels and loader.batch_unlabelled):
         raise UserError(
-            "objective.pseudo_label_weight is on, which needs pseudo_labels ('finetuned' or 'adapted') and "
+            "objective.pseudo_label_weight is on, which needs pseudo_labels ('finetuned', 'adapted' or 'online') and "
             "data.batch_unlabelled of at least 1"
         )
+    if step.pseudo_labels == "online":
+        if step.train.ema_decay is None:
+            raise UserError("pseudo_labels 'online' are made by a moving average: set train.ema_decay (0.9996)")
+        if not (objective.pseudo_label_weight and set(loader.views) == {"weak", "strong"}):
+            raise UserError(
+                "pseudo_labels 'online' need objective.pseudo_label_weight above 0 and data.views ('weak', 'strong')"
+            )
     if objective.supervised_weight and not loader.batch_labelled:
         raise UserError("objective.supervised_weight is on, which needs data.batch_labelled of at least 1")
     rows, columns = model.pixel_map(run.data.image_size)
@@ -220,7 +227,7 @@ def _needs(run: RunConfig, name: str) -> list[tuple[str, ...]]:
         which = name.partition("/")[2]
         return [(TEACHERS[which],) if which else tuple(step for step in TEACHERS.values() if step in run.steps)]
     step = run.steps[name]
-    labels = f"pseudo_label/{step.pseudo_labels}" if step.pseudo_labels else ""
+    labels = f"pseudo_label/{step.pseudo_labels}" if step.pseudo_labels in TEACHERS else ""
     return [(needed,) for needed in (step.start, labels) if needed]
 
 

@@ -22,7 +22,7 @@ from cast_jax.core.files import atomic_write, read_json
 from cast_jax.core.logging import read_metrics
 
 # What stands first, in this order; the last of the trained steps that has a result is the run's.
-_STEPS = ("pretrain", "finetune", "adapt", "distill", "refine", "finetuned", "adapted")
+_STEPS = ("pretrain", "finetune", "adapt", "burn_in", "distill", "refine", "finetuned", "adapted")
 _BASELINE = "student_supervised"
 _COLUMNS = (  # of the summary: key, title, format
     ("mask_ap", "mask AP", ".1f"),

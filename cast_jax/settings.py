@@ -21,6 +21,7 @@ from cast_jax.evaluation.class_names import class_names
 from cast_jax.models.functional import Functional
 from cast_jax.models.registry import build_segmenter, segmenter_config
 from cast_jax.models.student import ProjectionHead
+from cast_jax.recipes.online_labels import OnlineLabelsConfig
 from cast_jax.recipes.semi_supervised import ObjectiveConfig, SemiSupervised
 from cast_jax.trainer import TrainConfig
 
@@ -148,7 +149,8 @@ class StepConfig:
       model: its role in ``config.model``.
       source: the labelled images: "labelled", or "pretrain".
       start, start_parts: the step whose weights it starts from (empty: ``config.init``'s) and which parts of them.
-      pseudo_labels: "finetuned", "adapted" or empty.
+      pseudo_labels: whose: "finetuned"'s or "adapted"'s, "online", or empty.
+      online_labels: how "online" ones are made, by the moving average that ``train.ema_decay`` keeps.
       data: what differs from ``config.data.loader`` and, under ``view``, from ``config.data.view``.
     """
 
@@ -159,6 +161,7 @@ class StepConfig:
     start: str = ""
     start_parts: tuple[str, ...] = ()
     pseudo_labels: str = ""
+    online_labels: OnlineLabelsConfig = dataclasses.field(default_factory=OnlineLabelsConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
@@ -250,4 +253,6 @@ class RunConfig:
         features = segmenter_config(self.model[step.model]).feature_dim
         projection = Functional(lambda rngs: ProjectionHead(features, self.embedding_dim, rngs=rngs))
         segmenter = self.segmenter(step.model, categories)
-        return SemiSupervised(segmenter, projection, step.objective, class_names(categories), self.data.image_size)
+        online = step.online_labels if step.pseudo_labels == "online" else None
+        names, size = class_names(categories), self.data.image_size
+        return SemiSupervised(segmenter, projection, step.objective, names, size, online)

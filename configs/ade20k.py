@@ -26,4 +26,5 @@ def get_config(argument: str = "cast"):
         common.smoke(config)
         config.data.labelled = 4
     common.teacher(config, arguments)
+    common.system(config, arguments)
     return config

@@ -25,4 +25,5 @@ def get_config(argument: str = "cast"):
     if arguments.smoke:
         common.smoke(config)
     common.teacher(config, arguments)
+    common.system(config, arguments)
     return config

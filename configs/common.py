@@ -8,7 +8,7 @@ from ml_collections.config_dict import placeholder
 
 STEPS = (
     "cast",
-    *("pretrain", "finetune", "pseudo_label", "adapt", "distill", "refine", "student_supervised"),
+    *("pretrain", "finetune", "pseudo_label", "adapt", "burn_in", "distill", "refine", "student_supervised"),
     *("evaluate", "zero_shot", "audit", "check_data"),  # what looks at models, at a run, and at its images
 )
 PIPELINE = (
@@ -19,6 +19,13 @@ PIPELINE = (
     "distill",
     "refine",
     "student_supervised",
+)
+
+# CAST, and what the paper compares it with; see ``system``.
+SYSTEMS = (
+    "cast",
+    *("supervised", "self_training", "ema_teacher"),
+    *("pais", "guided_distillation", "kd_unlabelled", "kd"),
 )
 
 
@@ -32,9 +39,9 @@ def parse_arguments(
     """Parses ``"distill,seed=1,smoke"``: the step, then arguments typed by their defaults (a bare name sets a bool).
 
     Raises:
-      ValueError: an unknown step or argument, listing the known ones, or a value of the wrong type.
+      ValueError: an unknown step, argument or system, listing the known ones, or a value of the wrong type.
     """
-    defaults = {"seed": 0, "smoke": False, **defaults}
+    defaults = {"seed": 0, "smoke": False, "system": "cast", **defaults}
     values = dict(defaults)
     step, *arguments = text.split(",")
     if step not in steps:
@@ -54,6 +61,8 @@ def parse_arguments(
                 values[name] = kind(value)
             except ValueError as error:
                 raise ValueError(f"config argument {name}={value!r} must be of type {kind.__name__}") from error
+    if values["system"] not in SYSTEMS:
+        raise ValueError(f"unknown system {values['system']!r}; known systems: {', '.join(SYSTEMS)}")
     return FrozenConfigDict({"step": step, **values})
 
 
@@ -239,6 +248,70 @@ def student_parts(config: ConfigDict, arguments: FrozenConfigDict) -> None:
         config.data.image_size = (448, 896)
 
 
+def system(config: ConfigDict, arguments: FrozenConfigDict, ema_decay: float | None = None) -> None:
+    """One of the systems that the paper compares CAST with: the argument of this name, after everything else.
+
+    What they publish is theirs (in comments: whose reference implementation); models, data, schedules and the other
+    terms of the loss stay CAST's (chosen).
+
+    - ``supervised``: teacher and student on the labels alone.
+    - ``self_training``: the teacher on its own pseudo-labels, once, in the way of Noisy Student (Xie et al., 2020).
+    - ``ema_teacher``: the teacher after its finetuning on what its moving average finds, Unbiased Teacher (Liu et al.,
+      2021); the average is the result.
+    - ``pais``: the student on what its moving average finds, each label weighed by its quality (Hu et al., 2023).
+    - ``guided_distillation`` (Berrada et al., 2024): a teacher of the student's own kind learns the labels, the student
+      first what that one finds ("burn-in"), then what its own moving average finds.
+    - ``kd_unlabelled``, ``kd``: the student on the adapted teacher's pseudo-labels alone (Vemulapalli et al., 2024), or
+      with the labels; as ``cast`` without the student's contrast.
+
+    Args:
+      ema_decay: instead of the published ones, for short schedules.
+    """
+    name, steps = arguments.system, config.steps
+    if name == "cast":
+        return
+    steps.distill.objective.contrastive_weight = 0.0
+    if not name.startswith("kd"):
+        steps.adapt.objective.contrastive_weight = 0.0
+
+    def learn_online(step: str, decay: float, start: str = "", **options) -> None:
+        steps[step].update({"pseudo_labels": "online", "online_labels": options})
+        steps[step].objective.pseudo_label_views = ("strong",)
+        steps[step].train.ema_decay = decay if ema_decay is None else ema_decay
+        if start:
+            steps[step].update({"start": start, "start_parts": ()})
+
+    pipeline: tuple[str, ...]
+    adapted = ("finetune", "pseudo_label/finetuned", "adapt", "pseudo_label/adapted", "distill")
+    if name == "supervised":
+        pipeline = ("finetune", "student_supervised")
+    elif name == "self_training":
+        pipeline = adapted[:3]
+    elif name == "ema_teacher":
+        pipeline = ("finetune", "adapt")
+        learn_online("adapt", 0.9996, "finetune", class_threshold=0.7)  # Unbiased Teacher
+        steps.adapt.objective.pseudo_label_weight = 4.0  # Unbiased Teacher
+        steps.adapt.train.evaluate_ema = True
+    elif name == "pais":
+        pipeline = ("distill",)
+        learn_online("distill", 0.999, class_threshold=0.35, mask_threshold=0.3, weighting="quality")  # PAIS
+    elif name == "guided_distillation":
+        pipeline = ("finetune", "pseudo_label/finetuned", "burn_in", "distill")
+        steps.finetune = steps.student_supervised.copy_and_resolve_references()
+        steps.burn_in = steps.distill.copy_and_resolve_references()
+        steps.burn_in.pseudo_labels = "finetuned"
+        steps.burn_in.train.steps = steps.distill.train.steps // 2  # (chosen)
+        steps.distill.train.steps -= steps.burn_in.train.steps
+        learn_online("distill", 0.9996, "burn_in", class_threshold=0.7)  # Guided Distillation
+    else:
+        pipeline = adapted
+        if name == "kd_unlabelled":
+            steps.distill.objective.supervised_weight = 0.0
+            data = steps.distill.data
+            data.batch_unlabelled, data.batch_labelled = data.batch_unlabelled + data.batch_labelled, 0
+    config.pipeline = (*(step for step in config.pipeline if step == "pretrain"), *pipeline)
+
+
 def tiny_models(config: ConfigDict, image_size: tuple[int, int]) -> None:
     """Models and losses for two CPU cores: learned from scratch on small images."""
     config.model = {"teacher": {"name": "teacher_tiny"}, "student": {"name": "student_tiny"}}
@@ -283,4 +356,4 @@ def smoke(config: ConfigDict) -> None:
         step.data.batch_unlabelled = 2 if step.pseudo_labels else 0
         step.optimizer.warmup_steps = 1
         step.objective.contrastive.update({"num_negatives": 16, "num_anchors": 32})
-        step.train.update({"steps": 3, "log_every": 1, "save_every": 2})
+        step.train.update({"steps": 4, "log_every": 1, "save_every": 2})

@@ -39,6 +39,7 @@ def get_config(argument: str = "cast"):
         common.smoke(config)
         config.data.labelled = 4
         common.teacher(config, arguments, default="")
+        common.system(config, arguments)
         return config
     common.tiny_models(config, (64, 128))
     for role in config.model:
@@ -62,6 +63,7 @@ def get_config(argument: str = "cast"):
     if arguments.long:
         _long(config)
     common.teacher(config, arguments, default="")
+    common.system(config, arguments, ema_decay=0.99)
     return config
 
 

@@ -34,6 +34,7 @@ def get_config(argument: str = "cast"):
     if arguments.smoke:
         common.smoke(config)
         common.teacher(config, arguments, default="")
+        common.system(config, arguments)
         return config
     common.tiny_models(config, (128, 128))
     config.model.teacher = {"name": "student_resnet_tiny", "mask_decoder": {"query_stride": 4}}
@@ -61,4 +62,5 @@ def get_config(argument: str = "cast"):
     config.steps.refine.optimizer.learning_rate = 2e-4
     config.pseudo_labels.threshold = 0.5
     common.teacher(config, arguments, default="")
+    common.system(config, arguments, ema_decay=0.99)
     return config

@@ -153,10 +153,79 @@ def test_the_full_size_loss(file):
 
 def trace(recipe: SemiSupervised, params: Any, batch: Any) -> list[str]:
     """The names of a step's metrics."""
-    loss, metrics = jax.eval_shape(recipe.loss_fn, params, {}, batch, jax.random.key(0))
+    frozen = {} if recipe.online_labels is None else {"ema": params}
+    loss, metrics = jax.eval_shape(recipe.loss_fn, params, frozen, batch, jax.random.key(0))
     assert (loss.shape, loss.dtype) == ((), jnp.float32)
     assert all(leaf.shape == () for pair in metrics.values() for leaf in pair)
     return list(metrics)
+
+
+# Of each system the steps after pretraining, and those that learn from a moving average's labels.
+SYSTEMS = {
+    "supervised": (("finetune", "student_supervised"), {}),
+    "self_training": (("finetune", "pseudo_label/finetuned", "adapt"), {}),
+    "ema_teacher": (("finetune", "adapt"), {"adapt": "finetune"}),
+    "pais": (("distill",), {"distill": ""}),
+    "guided_distillation": (("finetune", "pseudo_label/finetuned", "burn_in", "distill"), {"distill": "burn_in"}),
+    **dict.fromkeys(
+        ("kd_unlabelled", "kd"),
+        (("finetune", "pseudo_label/finetuned", "adapt", "pseudo_label/adapted", "distill"), {}),
+    ),
+}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("file", FILES)
+def test_the_systems_that_cast_is_compared_with(file, system):
+    """What the paper's table 1 names, with every argument that a configuration has besides."""
+    assert {"cast", *SYSTEMS} == set(common.SYSTEMS)
+    for smoke in ("", ",smoke"):
+        config = get_config(file, f"cast,system={system}{smoke}")
+        pipeline, online = SYSTEMS[system]
+        assert tuple(step for step in config.pipeline if step != "pretrain") == pipeline
+        run = build(RunConfig, config.to_dict(), "config")
+        check_settings(run, make_mesh())
+        for name, step in run.steps.items():
+            assert (step.pseudo_labels == "online") == (name in online)
+            if online.get(name):
+                assert (step.start, step.start_parts) == (online[name], ())
+        of_cast = get_config(file, f"cast{smoke}").steps
+        contrasts = {name for name, step in run.steps.items() if step.objective.contrastive_weight}
+        assert contrasts == ({"adapt"} if system.startswith("kd") else set())
+        updates = sum(run.steps[name].train.steps for name in ("burn_in", "distill") if name in pipeline)
+        assert updates in (0, of_cast.distill.train.steps)
+        images = run.loader_config("distill")
+        theirs = of_cast.distill.data
+        assert images.batch_labelled + images.batch_unlabelled == theirs.batch_labelled + theirs.batch_unlabelled
+        assert (images.batch_labelled == 0) == (system == "kd_unlabelled")
+
+
+def test_what_the_systems_publish():
+    """The values of their reference implementations, at full size."""
+    steps = {system: run_config("cityscapes", f"cast,system={system}").steps for system in SYSTEMS}
+    ema = steps["ema_teacher"]["adapt"]
+    assert (ema.train.ema_decay, ema.train.evaluate_ema, ema.objective.pseudo_label_weight) == (0.9996, True, 4.0)
+    guided = steps["guided_distillation"]["distill"]
+    assert (guided.train.ema_decay, guided.train.evaluate_ema, guided.online_labels.weighting) == (
+        0.9996,
+        False,
+        "none",
+    )
+    assert ema.online_labels.class_threshold == guided.online_labels.class_threshold == 0.7
+    assert steps["guided_distillation"]["finetune"] == steps["pais"]["student_supervised"]
+    pais = steps["pais"]["distill"]
+    assert (pais.train.ema_decay, pais.online_labels.weighting) == (0.999, "quality")
+    assert (pais.online_labels.class_threshold, pais.online_labels.mask_threshold) == (0.35, 0.3)
+    assert steps["kd_unlabelled"]["distill"].objective.supervised_weight == 0.0
+    assert steps["kd"]["distill"].objective.supervised_weight == 1.0
+
+
+def test_labels_made_during_training_at_full_size():
+    run = run_config("cityscapes", "cast,system=pais")
+    recipe = run.recipe("distill", CATEGORIES)
+    names = trace(recipe, recipe.abstract(), abstract_batch(run.loader_config("distill")))
+    assert {"loss/supervised_mask", "loss/pseudo_label_mask", "pseudo_labels/per_image"} <= set(names)
+    assert "contrastive/loss" not in names
 
 
 @pytest.mark.parametrize(
@@ -168,6 +237,7 @@ def trace(recipe: SemiSupervised, params: Any, batch: Any) -> list[str]:
         ("distill,seed=one", r"config argument seed='one' must be of type int"),
         ("distill,seed", r"config argument seed='' must be of type int"),
         ("distill,smoke=maybe", r"config argument smoke='maybe' must be true or false"),
+        ("cast,system=casts", r"unknown system 'casts'; known systems: cast, supervised, self_training"),
     ],
 )
 @pytest.mark.parametrize("file", FILES)
@@ -228,6 +298,26 @@ def test_arguments_have_types():
         ),
         (lambda c: c["steps"]["refine"]["data"].update(seed=3), r"refine\.data\.seed follows from config\.seed"),
         (lambda c: c["steps"]["refine"]["objective"].update(pseudo_label_weight=1.0), "which needs pseudo_labels"),
+        (
+            lambda c: c["steps"]["adapt"].update(pseudo_labels="online"),
+            r"config\.steps\.adapt: .*made by a moving average: set train\.ema_decay",
+        ),
+        (
+            lambda c: (
+                c["steps"]["adapt"].update(pseudo_labels="online"),
+                c["steps"]["adapt"]["train"].update(ema_decay=0.99),
+                c["steps"]["adapt"]["objective"].update(pseudo_label_weight=0.0),
+            ),
+            r"pseudo_labels 'online' need objective\.pseudo_label_weight above 0",
+        ),
+        (
+            lambda c: c["steps"]["adapt"].update(online_labels={"weighting": "best"}),
+            r"config\.steps\.adapt\.online_labels\.weighting 'best' is unknown; known: none, quality",
+        ),
+        (
+            lambda c: c["steps"]["adapt"].update(pseudo_labels="average"),
+            "pseudo_labels 'average' is unknown; known: online, adapted, finetuned",
+        ),
         (lambda c: c["steps"]["adapt"]["data"].update(batch_labelled=0), "which needs data.batch_labelled"),
         (
             lambda c: c["steps"]["adapt"]["objective"].update(contrastive_stride=149),

@@ -107,7 +107,7 @@ def test_pretraining_needs_images(tmp_path):
             r"config\.steps\.adapt: .*sharding.rules: no rule matches projection",
         ),
         (lambda steps: steps["refine"]["optimizer"].update(schedule="linear"), r"steps\.refine: .*'linear'; known: "),
-        (lambda steps: steps["refine"]["optimizer"].update(warmup_steps=3), r"steps\.refine: .*warmup_steps is 3"),
+        (lambda steps: steps["refine"]["optimizer"].update(warmup_steps=4), r"steps\.refine: .*warmup_steps is 4"),
         (
             lambda steps: steps["refine"].update(start="finetune"),
             r"(?s)config\.steps\.refine\.start: .*do not fit.*encoder/.* has shape",
@@ -153,7 +153,7 @@ def test_steps_that_have_not_begun_may_be_corrected(tmp_path):
     changes = [
         (
             lambda values: values["steps"]["finetune"]["train"].update(steps=9),
-            "config.steps.finetune.train.steps: 3 -> 9",
+            "config.steps.finetune.train.steps: 4 -> 9",
         ),
         (lambda values: values["steps"].pop("finetune"), "-> '(absent)'"),
         (lambda values: values.update(embedding_dim=3), "config.embedding_dim: 32 -> 3"),

@@ -30,7 +30,7 @@ from cast_jax.core.traffic import traffic
 
 logger = logging.getLogger(__name__)
 
-SCOPES = ("encoder", "decoder", "mask_decoder", "criterion", "matching", "contrastive", "optimizer")
+SCOPES = ("encoder", "decoder", "mask_decoder", "criterion", "matching", "contrastive", "online_labels", "optimizer")
 PHASES = ("forward", "backward", "recomputed")
 
 # By the vendors' data sheets, a device: dense bfloat16 products with float32 sums, TFLOP/s, and its memory's TB/s.

@@ -76,7 +76,8 @@ def set_terms(
     keys = keys[:, 1:].reshape(*chosen.shape[:2], -1)
     compared = MaskTargets(targets.masks, targets.ignore, *maps)
     bce, dice = matched_mask_terms(keys, chosen, layers.features, targets.valid, compared, config)
-    weight, count = jnp.where(matched, targets.weights[:, None], 0.0), jnp.sum(matched, axis=-1).astype(jnp.float32)
+    weight = jnp.where(matched, targets.mask_weights[:, None], 0.0)
+    count = jnp.sum(matched, axis=-1).astype(jnp.float32)
     return {
         "class": _class_terms(layers.class_logits, queries, matched, free, targets, config),
         "mask": (jnp.sum(weight * bce, axis=-1), count),
@@ -142,7 +143,8 @@ def prompted_mask_loss(
     found = jnp.sum(targets.valid).astype(jnp.float32)
     divisor = found if instances is None else instances
     divisor = jnp.where(divisor > 0.0, divisor, 1.0)
-    sums = {name: jnp.sum(jnp.where(targets.valid, targets.weights * values, 0.0)) for name, values in terms.items()}
+    weighted = lambda values: jnp.where(targets.valid, targets.mask_weights * values, 0.0)
+    sums = {name: jnp.sum(weighted(values)) for name, values in terms.items()}
     weights = {"mask": config.mask_weight, "dice": config.dice_weight, "iou": config.iou_weight}
     total = sum((weights[name] * value for name, value in sums.items()), jnp.zeros(())) / divisor
     return total, {name: (value, found) for name, value in sums.items()}
@@ -182,7 +184,7 @@ def _class_terms(
     of_query = lambda values: jnp.sum(jnp.where(found, values[:, None, :, None], 0), axis=2)
     alone = ~jnp.any(found, axis=2)
     label = jnp.where(alone, classes - 1, of_query(targets.labels))
-    weight = jnp.where(alone, jnp.where(free, config.no_object_weight, 0.0), of_query(targets.weights))
+    weight = jnp.where(alone, jnp.where(free, config.no_object_weight, 0.0), of_query(targets.class_weights))
     chosen = jnp.where(label[..., None] == jnp.arange(classes), jax.nn.log_softmax(class_logits), 0.0)
     cross_entropy = jnp.where((label >= 0) & (label < classes), -jnp.sum(chosen, axis=-1), jnp.nan)
     return jnp.sum(weight * cross_entropy, axis=-1), jnp.sum(weight, axis=-1)

@@ -21,14 +21,15 @@ class Targets:
       masks: ``[batch, instances, height, width]`` at the input's resolution.
       labels: class positions.
       valid: False on padding.
-      weights: a factor on each instance's mask and class terms (1 = plain).
+      class_weights, mask_weights: factors on each instance's class terms, and on those of its mask or box (1 = plain).
       ignore: pixels that are neither object nor background error.
     """
 
     masks: Bool[Array, "batch instances height width"]
     labels: Int[Array, "batch instances"]
     valid: Bool[Array, "batch instances"]
-    weights: Float[Array, "batch instances"]
+    class_weights: Float[Array, "batch instances"]
+    mask_weights: Float[Array, "batch instances"]
     ignore: Bool[Array, "batch height width"]
 
 

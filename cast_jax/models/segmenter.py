@@ -12,6 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from cast_jax.core.decoded import Decoded
 
+# Mask logits beyond this are as good as certain (a probability of 0.982).
+SATURATION = 4.0
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

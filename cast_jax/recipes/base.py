@@ -27,13 +27,14 @@ def view_boxes(view: Batch) -> Float[Array, "batch instances 4"]:
     return mask_boxes(unpack_masks(view["masks"], view["image"].shape[2]))
 
 
-def view_targets(view: Batch, weights: Float[Array, "batch instances"] | None = None) -> Targets:
-    """A view's packed annotations as criterion targets; ``weights`` scale single instances (default 1)."""
-    width = view["image"].shape[2]
+def view_targets(view: Batch) -> Targets:
+    """A view's packed annotations as criterion targets, each instance with its weights if the view has any."""
+    width, ones = view["image"].shape[2], jnp.ones_like(view["scores"])
     return Targets(
         masks=unpack_masks(view["masks"], width),
         labels=view["labels"],
         valid=view["instance_valid"],
-        weights=jnp.ones_like(view["scores"]) if weights is None else weights,
+        class_weights=view.get("class_weights", ones),
+        mask_weights=view.get("mask_weights", ones),
         ignore=unpack_masks(view["ignore"], width),
     )

@@ -31,6 +31,7 @@ from cast_jax.models.functional import Functional, Params
 from cast_jax.models.segmenter import Prediction
 from cast_jax.recipes.base import Batch, Metrics, view_boxes, view_images, view_targets
 from cast_jax.recipes.criteria import Criteria, view_losses
+from cast_jax.recipes.online_labels import OnlineLabelsConfig, label_views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +101,15 @@ class SemiSupervised:
         config: ObjectiveConfig,
         class_names: Sequence[str] = (),
         image_size: tuple[int, int] | None = None,
+        online_labels: OnlineLabelsConfig | None = None,
     ):
         """``segmenter`` returns a :class:`Prediction`; ``projection`` maps its pixel features to embeddings.
 
         ``class_names`` name the classes in the pseudo-label metrics, in the order of the class logits. A memory bank
-        must know the views' ``image_size`` before it sees one.
+        must know the views' ``image_size`` before it sees one. With ``online_labels`` the labels of unlabelled images
+        are made by the moving average of the parameters, which the run must keep.
         """
+        self.online_labels = online_labels
         self.image_size = image_size
         self.segmenter = segmenter
         self.projection = projection
@@ -143,10 +147,23 @@ class SemiSupervised:
         return dataclasses.replace(state, bank=push(state.bank, chosen))
 
     def normalisers(self, batch: Batch) -> Params:
-        """The numbers of instances that L_sup and L_pl are averaged over, by group and view."""
+        """The numbers of instances that L_sup and L_pl are averaged over, by group and view.
+
+        Those of labels that are still to be made are not known: each micro-batch is averaged over its own.
+        """
+        groups = [group for group in batch if group == "labelled" or self.online_labels is None]
         return {
             group: {view: jnp.sum(batch[group][view]["instance_valid"]) for view in VIEW_NAMES if view in batch[group]}
-            for group in batch
+            for group in groups
+        }
+
+    @property
+    def _supervised_views(self) -> dict[str, tuple[str, ...]]:
+        """By group, the views whose predictions meet labels."""
+        config = self.config
+        return {
+            "labelled": config.supervised_views if config.supervised_weight else (),
+            "unlabelled": config.pseudo_label_views if config.pseudo_label_weight else (),
         }
 
     @property
@@ -163,6 +180,8 @@ class SemiSupervised:
         Metrics: ``loss/*`` (unweighted terms), ``pseudo_labels/*`` (kept instances an image), ``contrastive/*``.
         """
         config = self.config
+        if self.online_labels is not None:
+            batch = {**batch, "unlabelled": self._labelled_online(frozen["ema"]["segmenter"], batch["unlabelled"])}
         dropout, points, draws = jax.random.split(key, 3)
         found = self._forward(params["segmenter"], batch, dropout)
         loss = jnp.zeros(())
@@ -188,9 +207,18 @@ class SemiSupervised:
             metrics |= terms
         return loss, metrics | {"loss/total": (loss, jnp.ones(()))}, *entries
 
+    @jax.named_scope("online_labels")
+    def _labelled_online(self, average: Params, group: Batch) -> Batch:
+        """Unlabelled images with the instances that the moving ``average`` finds in their weak view."""
+        assert self.online_labels is not None
+        prediction = self.segmenter.apply(average, view_images(group["weak"]))
+        return label_views(prediction, group, self.online_labels)
+
     def _forward(self, params: Params, batch: Batch, key: PRNGKeyArray) -> _Found:
         # View by view: what is read of one view of all groups then lies together.
         views = [(group, view) for view in VIEW_NAMES for group in sorted(batch) if view in batch[group]]
+        if not self.config.contrastive_weight:
+            views = [(group, view) for group, view in views if view in self._supervised_views[group]]
         images = [view_images(batch[group][view]) for group, view in views]
         prompts = {}
         if self.segmenter.takes("boxes"):  # of the (pseudo-)labels
@@ -204,11 +232,7 @@ class SemiSupervised:
         See ``set_loss`` for ``normalisers``, by group and view.
         """
         config = self.config
-        supervised = {
-            "labelled": config.supervised_views if config.supervised_weight else (),
-            "unlabelled": config.pseudo_label_views if config.pseudo_label_weight else (),
-        }
-        views = [(group, view) for group, view in found.views if view in supervised[group]]
+        views = [(group, view) for group, view in found.views if view in self._supervised_views[group]]
         if not views:
             return {}
         of_views = view_losses(

@@ -68,7 +68,8 @@ def _targets(slots: int, instances: int) -> Targets:
         masks=jnp.asarray(masks & valid[..., None, None]),
         labels=jnp.asarray(random.integers(0, CLASSES, (IMAGES, slots))),
         valid=jnp.asarray(valid),
-        weights=jnp.ones((IMAGES, slots)),
+        class_weights=jnp.ones((IMAGES, slots)),
+        mask_weights=jnp.ones((IMAGES, slots)),
         ignore=jnp.zeros((IMAGES, *SIZE), bool),
     )
 

@@ -33,9 +33,9 @@ def targets(seed: int = 0, ignored: bool = False) -> Targets:
     ignore = np.zeros((BATCH, SIDE, SIDE), bool)
     ignore[:, SIDE // 2 :, SIDE // 2 :] = ignored
     valid = np.array([[True, True, True, True], [True, True, False, False]])
-    weights = random.uniform(0.5, 1.5, (BATCH, INSTANCES)).astype(np.float32)
+    class_weights, box_weights = random.uniform(0.5, 1.5, (2, BATCH, INSTANCES)).astype(np.float32)
     labels = np.array([[0, 1, 2, 1], [2, 0, 1, 2]], np.int32)
-    return Targets(*map(jnp.asarray, (masks, labels, valid, weights, ignore)))
+    return Targets(*map(jnp.asarray, (masks, labels, valid, class_weights, box_weights, ignore)))
 
 
 def detected(seed: int = 0) -> list[tuple[np.ndarray, ...]]:
@@ -78,8 +78,8 @@ def expected(found, target: Targets, config: DetectionConfig = CONFIG) -> tuple[
             queries, chosen = linear_sum_assignment(cost[:, slots])
             terms = {"class": negative.sum(), "box": 0.0, "giou": 0.0}
             for query, slot in zip(queries, np.array(slots, int)[chosen], strict=True):
-                weight = float(target.weights[image, slot])
-                terms["class"] += weight * of_class[query, slot] - negative[query].sum()
+                weight, class_weight = (float(w[image, slot]) for w in (target.mask_weights, target.class_weights))
+                terms["class"] += class_weight * of_class[query, slot] - negative[query].sum()
                 terms["box"] += weight * distance[query, slot]
                 terms["giou"] += weight * (1 - giou[query, slot])
             for name, value in terms.items():

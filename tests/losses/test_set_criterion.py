@@ -62,7 +62,8 @@ def targets(seed: int = 0, aligned: bool = False, ignored: float = 0.1) -> Targe
         masks=jnp.asarray(masks & valid[..., None, None]),
         labels=jnp.asarray(rng.integers(0, CLASSES, (BATCH, INSTANCES))),
         valid=jnp.asarray(valid),
-        weights=jnp.asarray(rng.uniform(0.5, 1.5, (BATCH, INSTANCES)).astype(np.float32)),
+        class_weights=jnp.asarray(rng.uniform(0.5, 1.5, (BATCH, INSTANCES)).astype(np.float32)),
+        mask_weights=jnp.asarray(rng.uniform(0.5, 1.5, (BATCH, INSTANCES)).astype(np.float32)),
         ignore=jnp.asarray(rng.random((BATCH, 2 * SIDE, 2 * SIDE)) < ignored),
     )
 
@@ -91,7 +92,8 @@ def reference_terms(mask_logits, class_logits, target: Targets, image: int) -> d
     care = 1.0 - shrink(np.asarray(target.ignore[image], np.float64))
     wanted = [i for i in range(INSTANCES) if target.valid[image, i]]
     y = {i: shrink(np.asarray(target.masks[image, i], np.float64)) for i in wanted}
-    label, weight = np.asarray(target.labels[image]), np.asarray(target.weights[image], np.float64)
+    label, of_classes = np.asarray(target.labels[image]), np.asarray(target.class_weights[image], np.float64)
+    weight = np.asarray(target.mask_weights[image], np.float64)
 
     few = np.s_[::2, ::2]  # the documented shortcut: every fourth pixel decides the matching
     cost = np.array(
@@ -112,7 +114,7 @@ def reference_terms(mask_logits, class_logits, target: Targets, image: int) -> d
     for q in range(QUERIES):
         inside = 1.0 / (1.0 + np.exp(-x[q][::4, ::4]))
         on_ignored = np.sum(inside * (1 - care[::4, ::4])) > 0.5 * np.sum(inside)
-        factor = weight[owner[q]] if q in owner else 0.1 * (not on_ignored)
+        factor = of_classes[owner[q]] if q in owner else 0.1 * (not on_ignored)
         classes -= factor * np.log(probability[q, label[owner[q]] if q in owner else CLASSES])
         class_weights += factor
     return {
@@ -219,7 +221,7 @@ def test_an_instance_without_a_query_teaches_no_class():
     target = dataclasses.replace(targets(ignored=0.0), valid=jnp.ones((BATCH, INSTANCES), bool))
     (_, metrics), _ = dense(mask_logits[:, :, :1], class_logits[:, :, :1], target)
     cross_entropy = -np.asarray(jax.nn.log_softmax(class_logits[-1, :, 0]))
-    weights, labels = np.asarray(target.weights), np.asarray(target.labels)
+    weights, labels = np.asarray(target.class_weights), np.asarray(target.labels)
     sums = weights * np.take_along_axis(cross_entropy, labels, axis=1)  # of one instance in each image
     matched = np.isclose(weights[0][:, None] + weights[1], metrics["class"][1])
     assert matched.sum() == 1
@@ -284,7 +286,8 @@ def test_points_agree_with_pixels():
     target = targets(aligned=True, ignored=0.0)
     mask_logits, class_logits = logits(0)
     # Two instances that differ in nothing but their weights would be matched as well one way as the other.
-    target = dataclasses.replace(target, weights=jnp.ones_like(target.weights))
+    ones = jnp.ones_like(target.mask_weights)
+    target = dataclasses.replace(target, class_weights=ones, mask_weights=ones)
     whole = dataclasses.replace(target, masks=jnp.broadcast_to(target.valid[..., None, None], target.masks.shape))
     flat = np.broadcast_to(mask_logits[..., :1, :1], mask_logits.shape)
     (_, exact), _ = dense(flat, class_logits, whole)
@@ -397,7 +400,7 @@ def test_prompted_masks_meet_their_own_instances():
         own = {"mask": bce(x, y, care), "dice": dice(x, y, care)}
         own["iou"] = abs(0.4 - (found & true).sum() / max((found | true).sum(), 1))
         for name, value in own.items():
-            sums[name] += float(target.weights[image, slot]) * value
+            sums[name] += float(target.mask_weights[image, slot]) * value
     for name, (found, count) in metrics.items():
         np.testing.assert_allclose(found, sums[name], rtol=1e-5)
         assert count == 5

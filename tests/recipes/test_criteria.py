@@ -29,7 +29,8 @@ def view(seed: int, images: int) -> tuple[Prediction, Targets]:
         masks=jnp.asarray(rng.random((images, 3, SIDE, SIDE)) < 0.3).at[:, 2].set(False),
         labels=jnp.asarray(rng.integers(0, CLASSES, (images, 3))),
         valid=jnp.asarray([[True, True, False]] * images),
-        weights=jnp.asarray(rng.uniform(0.5, 1.5, (images, 3)), jnp.float32),
+        class_weights=jnp.asarray(rng.uniform(0.5, 1.5, (images, 3)), jnp.float32),
+        mask_weights=jnp.asarray(rng.uniform(0.5, 1.5, (images, 3)), jnp.float32),
         ignore=jnp.asarray(rng.random((images, SIDE, SIDE)) < 0.1),
     )
     return prediction, targets

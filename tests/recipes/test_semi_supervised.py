@@ -118,7 +118,7 @@ def test_profiles_know_the_parts():
     """Every name by which a profile adds up times stands in the program; the optimiser's is the step's own."""
     text = jax.jit(recipe().loss_fn).lower(parameters(), {}, batch(), KEY).as_text(debug_info=True)
     found = {part_of(path)[0] for path in re.findall(r'"(jit\([^"]+)"', text)}
-    assert found == {*SCOPES, "other"} - {"optimizer"}
+    assert found == {*SCOPES, "other"} - {"optimizer", "online_labels"}
 
 
 def test_supervised_only():
@@ -151,7 +151,8 @@ def test_images_and_targets_of_a_view():
     targets = view_targets(view)
     assert targets.masks.shape == (2, INSTANCES, *SIZE)
     np.testing.assert_array_equal(pack_masks(np.asarray(targets.masks)), view["masks"])
-    np.testing.assert_array_equal(targets.weights, np.ones((2, INSTANCES)))
+    for weights in (targets.class_weights, targets.mask_weights):
+        np.testing.assert_array_equal(weights, np.ones((2, INSTANCES)))
     assert targets.ignore[:, :3, :5].all()
     assert int(targets.ignore.sum()) == 2 * 15
 

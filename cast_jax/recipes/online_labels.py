@@ -1,0 +1,129 @@
+"""Pseudo-labels made during training: a moving average of the model looks at the weak view and teaches the strong one.
+
+The systems that CAST is compared with label their images so: Unbiased Teacher (Liu et al., 2021), Guided Distillation
+(Berrada et al., 2024) and PAIS (Hu et al., 2023).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from cast_jax.core.config import check_choices, check_ranges
+from cast_jax.core.geometry import apply_affine, bilinear_sample, inside_box, pixel_centres, scale_positions
+from cast_jax.core.sharding import over_images
+from cast_jax.models.segmenter import SATURATION, Prediction, score_instances
+from cast_jax.recipes.base import Batch
+
+WEIGHTINGS = ("none", "quality")
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlineLabelsConfig:
+    """Which instances become labels, and what they weigh.
+
+    Attributes:
+      class_threshold: least class probability (0.7 in Unbiased Teacher and Guided Distillation, 0.35 in PAIS).
+      mask_threshold: least mask quality (0.3 in PAIS).
+      max_iou: of two instances that overlap by more, the one with the better score stays.
+      min_area: an instance with fewer pixels than this in a view is absent from that view.
+      weighting: "none", or "quality": PAIS's, by which a class term weighs 12 min(p, 1/2)^4 for a class of probability
+        p, and the terms of a mask 2.5 q^4 for one of quality q (the values of its reference implementation).
+    """
+
+    class_threshold: float = 0.7
+    mask_threshold: float = 0.0
+    max_iou: float = 0.5
+    min_area: int = 16
+    weighting: str = "none"
+
+    def __post_init__(self) -> None:
+        check_ranges(self, class_threshold="[0, 1]", mask_threshold="[0, 1]", max_iou="[0, 1]", min_area="[1, inf)")
+        check_choices(self, weighting=WEIGHTINGS)
+
+
+def label_views(prediction: Prediction, group: Batch, config: OnlineLabelsConfig) -> Batch:
+    """``group`` with what is found in its weak view as the labels of both views, in the same slots.
+
+    Each view gets ``class_weights`` and ``mask_weights`` [images, slots] besides.
+
+    Args:
+      prediction: of the weak view's images; no gradient flows through the labels.
+      group: both views of unlabelled images, as ``cast_jax.data.views.make_views`` makes them.
+    """
+    weak = group["weak"]
+    size, slots = weak["image"].shape[1:3], weak["labels"].shape[1]
+    found = jax.lax.stop_gradient(score_instances(prediction, slots))
+    probability = found.scores / jnp.maximum(found.mask_quality, 1e-6)
+    kept = (probability >= config.class_threshold) & (found.mask_quality >= config.mask_threshold)
+    kept = jax.vmap(functools.partial(without_duplicates, max_iou=config.max_iou))(found.mask_logits > 0, kept)
+    shared = {"labels": found.labels.astype(jnp.int32), "scores": jnp.where(kept, found.scores, 0.0)}
+    if config.weighting == "quality":
+        weights = 12.0 * jnp.minimum(probability, 0.5) ** 4, 2.5 * found.mask_quality**4
+    else:
+        weights = (jnp.ones_like(found.scores),) * 2
+    shared |= dict(zip(("class_weights", "mask_weights"), weights, strict=True))
+
+    unmoved = jnp.broadcast_to(jnp.eye(2, 3), group["strong_to_weak"].shape)
+    labelled = dict(group)
+    for name, to_weak in (("weak", unmoved), ("strong", group["strong_to_weak"])):
+        view = group[name]
+        masks = masks_in_view(found.mask_logits, to_weak, weak["valid_box"], view["valid_box"], size)
+        valid = kept & (jnp.sum(masks, axis=(2, 3)) >= config.min_area)
+        packed = jnp.packbits(masks & valid[..., None, None], axis=-1, bitorder="little")
+        labelled[name] = {**view, **shared, "masks": packed, "instance_valid": valid}
+    return labelled
+
+
+def without_duplicates(
+    masks: Bool[Array, "instances h w"], candidates: Bool[Array, "instances"], max_iou: float
+) -> Bool[Array, "instances"]:
+    """Of instances, best first, the candidates that overlap no kept one before them by more than ``max_iou``.
+
+    As ``core.annotations.suppress_duplicates``, on the device.
+    """
+    flat = masks.reshape(len(masks), -1).astype(jnp.float32)
+    both = flat @ flat.T
+    area = jnp.diagonal(both)
+    overlaps = both > max_iou * (area[:, None] + area - both)
+    before = jnp.tri(len(masks), k=-1, dtype=bool)
+
+    def decide(position: Array, kept: Array) -> Array:
+        covered = jnp.any(kept & overlaps[position] & before[position])
+        return kept.at[position].set(kept[position] & ~covered)
+
+    return jax.lax.fori_loop(0, len(masks), decide, candidates)
+
+
+def masks_in_view(
+    mask_logits: Float[Array, "batch instances h w"],
+    view_to_weak: Float[Array, "batch 2 3"],
+    weak_box: Float[Array, "batch 4"],
+    view_box: Float[Array, "batch 4"],
+    size: tuple[int, int],
+) -> Bool[Array, "batch instances height width"]:
+    """Masks that were predicted on the weak view, at the pixels of a view of it; False outside of the image.
+
+    Logits are bounded and read bilinearly, as predictions are (``cast_jax.predict.mask_at_original``).
+
+    Args:
+      view_to_weak: maps (y, x) positions of the view, in pixels, to the weak view's.
+      weak_box, view_box: (top, left, bottom, right) of the real pixels of either.
+      size: (height, width) of both views' images.
+    """
+    height, width = size
+    grid = (mask_logits.shape[2], mask_logits.shape[3])
+    centres = pixel_centres(height, width)
+
+    def of_image(logits: Array, to_weak: Array, weak_box: Array, view_box: Array) -> Array:
+        positions = apply_affine(to_weak, centres)
+        real = inside_box(view_box, centres) & inside_box(weak_box, positions)
+        bounded = jnp.clip(jnp.moveaxis(logits, 0, -1), -SATURATION, SATURATION)
+        read = bilinear_sample(bounded, scale_positions(positions, size, grid))
+        return ((read > 0) & real[:, None]).T.reshape(-1, height, width)
+
+    return over_images(of_image, mask_logits, view_to_weak, weak_box, view_box)
