@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from cast_jax.core.geometry import apply_affine, bilinear_sample, inside_box, pixel_centres, scale_positions
 from cast_jax.core.sharding import over_images
 
 
 def correspond(
-    features_weak: Float[Array, "batch height width channels"],
+    features_weak: PyTree[Float[Array, "batch height width _channels"]],
     strong_to_weak: Float[Array, "batch 2 3"],
     valid_box_strong: Float[Array, "batch 4"],
     image_size: tuple[int, int],
     *,
     valid_box_weak: Float[Array, "batch 4"] | None = None,
     strong_grid: tuple[int, int] | None = None,
-) -> tuple[Float[Array, "batch pixels channels"], Bool[Array, "batch pixels"]]:
+) -> tuple[PyTree[Float[Array, "batch pixels _channels"]], Bool[Array, "batch pixels"]]:
     """The weak view's features at every feature pixel of the strong view, row by row, and which of them are real.
 
     A strong pixel's centre is carried to the image, through the recorded affine map to the weak image, and down to the
@@ -25,12 +26,13 @@ def correspond(
     view's real part and its counterpart in the weak view's (the whole canvas unless ``valid_box_weak`` is given).
 
     Args:
+        features_weak: one map or several of one size, each by itself: what needs no gradient then costs none.
         strong_to_weak: maps (y, x) positions, in pixels of the input image, from the strong view to the weak one.
         valid_box_strong: (top, left, bottom, right) of the real pixels, in pixels of the input image.
         image_size: (height, width) of the input image, common to both views.
         strong_grid: (height, width) of the strong view's features; the weak view's by default.
     """
-    weak_grid = (features_weak.shape[1], features_weak.shape[2])
+    weak_grid = jax.tree.leaves(features_weak)[0].shape[1:3]
     grid = weak_grid if strong_grid is None else strong_grid
     in_strong = scale_positions(pixel_centres(*grid), grid, image_size)
     canvas = jnp.array([0, 0, *image_size], jnp.float32)
@@ -40,7 +42,7 @@ def correspond(
         in_weak = apply_affine(affine, in_strong)
         valid = inside_box(box_strong, in_strong) & inside_box(box_weak, in_weak) & inside_box(canvas, in_weak)
         # Border values stand in where there is no counterpart; a non-finite position must not reach the gather.
-        position = jnp.where(valid[:, None], in_weak, 0.0)
-        return bilinear_sample(features, scale_positions(position, image_size, weak_grid)), valid
+        position = scale_positions(jnp.where(valid[:, None], in_weak, 0.0), image_size, weak_grid)
+        return jax.tree.map(lambda one: bilinear_sample(one, position), features), valid
 
     return over_images(read, features_weak, strong_to_weak, valid_box_strong, boxes_weak)

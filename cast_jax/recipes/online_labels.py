@@ -11,11 +11,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
+from cast_jax.contrastive.correspondence import correspond
 from cast_jax.core.config import check_choices, check_ranges
-from cast_jax.core.geometry import apply_affine, bilinear_sample, inside_box, pixel_centres, scale_positions
-from cast_jax.core.sharding import over_images
 from cast_jax.models.segmenter import SATURATION, Prediction, score_instances
 from cast_jax.recipes.base import Batch
 
@@ -68,11 +67,15 @@ def label_views(prediction: Prediction, group: Batch, config: OnlineLabelsConfig
         weights = (jnp.ones_like(found.scores),) * 2
     shared |= dict(zip(("class_weights", "mask_weights"), weights, strict=True))
 
+    # Bounded and read bilinearly, as predictions are (``cast_jax.predict.mask_at_original``).
+    logits = jnp.moveaxis(jnp.clip(found.mask_logits, -SATURATION, SATURATION), 1, -1)
     unmoved = jnp.broadcast_to(jnp.eye(2, 3), group["strong_to_weak"].shape)
     labelled = dict(group)
     for name, to_weak in (("weak", unmoved), ("strong", group["strong_to_weak"])):
         view = group[name]
-        masks = masks_in_view(found.mask_logits, to_weak, weak["valid_box"], view["valid_box"], size)
+        boxes = {"valid_box_strong": view["valid_box"], "valid_box_weak": weak["valid_box"]}
+        read, real = correspond(logits, to_weak, image_size=size, strong_grid=size, **boxes)
+        masks = jnp.moveaxis((read > 0) & real[..., None], 2, 1).reshape(-1, slots, *size)
         valid = kept & (jnp.sum(masks, axis=(2, 3)) >= config.min_area)
         packed = jnp.packbits(masks & valid[..., None, None], axis=-1, bitorder="little")
         labelled[name] = {**view, **shared, "masks": packed, "instance_valid": valid}
@@ -97,33 +100,3 @@ def without_duplicates(
         return kept.at[position].set(kept[position] & ~covered)
 
     return jax.lax.fori_loop(0, len(masks), decide, candidates)
-
-
-def masks_in_view(
-    mask_logits: Float[Array, "batch instances h w"],
-    view_to_weak: Float[Array, "batch 2 3"],
-    weak_box: Float[Array, "batch 4"],
-    view_box: Float[Array, "batch 4"],
-    size: tuple[int, int],
-) -> Bool[Array, "batch instances height width"]:
-    """Masks that were predicted on the weak view, at the pixels of a view of it; False outside of the image.
-
-    Logits are bounded and read bilinearly, as predictions are (``cast_jax.predict.mask_at_original``).
-
-    Args:
-      view_to_weak: maps (y, x) positions of the view, in pixels, to the weak view's.
-      weak_box, view_box: (top, left, bottom, right) of the real pixels of either.
-      size: (height, width) of both views' images.
-    """
-    height, width = size
-    grid = (mask_logits.shape[2], mask_logits.shape[3])
-    centres = pixel_centres(height, width)
-
-    def of_image(logits: Array, to_weak: Array, weak_box: Array, view_box: Array) -> Array:
-        positions = apply_affine(to_weak, centres)
-        real = inside_box(view_box, centres) & inside_box(weak_box, positions)
-        bounded = jnp.clip(jnp.moveaxis(logits, 0, -1), -SATURATION, SATURATION)
-        read = bilinear_sample(bounded, scale_positions(positions, size, grid))
-        return ((read > 0) & real[:, None]).T.reshape(-1, height, width)
-
-    return over_images(of_image, mask_logits, view_to_weak, weak_box, view_box)

@@ -266,15 +266,13 @@ class SemiSupervised:
         size = (z_strong.shape[1], z_strong.shape[2])
         pooled = jnp.moveaxis(_pool(jnp.moveaxis(weak.mask_logits, 1, -1), stride), -1, 1)
         g = pseudo_probability(pooled, weak.class_logits, config.contrastive.map)
-        read = jnp.concatenate([z_weak, g], axis=-1)
-        seen, valid = correspond(
-            read,
+        (z_seen, g_seen), valid = correspond(
+            (z_weak, g),
             join(lambda group: batch[group]["strong_to_weak"]),
             join(lambda group: batch[group]["strong"]["valid_box"]),
             image_size,
             valid_box_weak=join(lambda group: batch[group]["weak"]["valid_box"]),
         )
-        z_seen, g_seen = jnp.split(seen, [z_weak.shape[-1]], axis=-1)
         key, entries_key = jax.random.split(key) if bank is not None else (key, key)
         total, count, metrics = _over_devices(
             key,

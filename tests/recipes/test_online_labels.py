@@ -19,7 +19,7 @@ from cast_jax.data.views import ViewConfig, make_views
 from cast_jax.losses.config import CriterionConfig
 from cast_jax.models.functional import Functional
 from cast_jax.models.segmenter import Prediction
-from cast_jax.recipes.online_labels import OnlineLabelsConfig, label_views, masks_in_view, without_duplicates
+from cast_jax.recipes.online_labels import OnlineLabelsConfig, label_views, without_duplicates
 from cast_jax.recipes.semi_supervised import ObjectiveConfig, SemiSupervised
 
 CANVAS = (96, 128)
@@ -90,25 +90,26 @@ def test_labels_lie_where_the_image_s_own_masks_lie(seed):
     assert compared >= 2
 
 
-def test_nothing_lies_outside_of_the_image():
-    """Everywhere positive logits end where either view's real pixels end, side by side as one after another."""
-    everywhere = jnp.full((2, 1, 8, 8), 9.0)
-    shifted = jnp.array([[[0.5, 0.0, 4.0], [0.0, 0.5, 0.0]]] * 2)
-    boxes = jnp.array([[0.0, 0.0, 16.0, 8.0]] * 2), jnp.array([[2.0, 0.0, 16.0, 16.0]] * 2)
-    found = np.asarray(masks_in_view(everywhere, shifted, *boxes, (16, 16)))
-    wanted = np.zeros((16, 16), bool)
-    wanted[2:, :] = True  # x / 2 stays below the weak view's 8 columns
-    np.testing.assert_array_equal(found, np.broadcast_to(wanted, found.shape))
-
-
-def test_many_devices_see_the_same(monkeypatch):
-    random = np.random.default_rng(0)
-    logits = jnp.asarray(random.normal(size=(2, 3, 7, 9)), jnp.float32)
-    to_weak = jnp.asarray([[[0.6, 0.0, 2.3], [0.0, 0.7, 1.1]], [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])
-    box = jnp.asarray([[0.0, 0.0, 20.0, 30.0]] * 2)
-    one = masks_in_view(logits, to_weak, box, box, (20, 31))
+def test_nothing_lies_outside_of_the_image(monkeypatch):
+    """Masks that are everywhere end where either view's real pixels end, on many devices as on one."""
+    prediction, unlabelled = (
+        prediction_of(np.ones((2, 4, *SIZE)), sure(np.array([[0, 1, 2, 0]] * 2), CLASSES)),
+        group(2, 0),
+    )
+    unlabelled["weak"]["valid_box"] = np.array([[0, 0, *SIZE], [4, 0, SIZE[0], 30]], np.float32)
+    unlabelled["strong"]["valid_box"] = np.array([[2, 0, *SIZE], [0, 0, *SIZE]], np.float32)
+    options = OnlineLabelsConfig(max_iou=1.0)
+    found = label_views(prediction, unlabelled, options)
+    strong = np.zeros((2, *SIZE), bool)
+    strong[0, 2:] = True
+    strong[1, :, :36] = True  # half as far from 12 on: 30 of the weak view's columns
+    weak = np.zeros((2, *SIZE), bool)
+    weak[0] = weak[1, 4:, :30] = True
+    for name, wanted in (("weak", weak), ("strong", strong)):
+        masks = np.asarray(unpack_masks(found[name]["masks"], SIZE[1]))
+        np.testing.assert_array_equal(masks, np.broadcast_to(wanted[:, None], masks.shape))
     monkeypatch.setattr(sharding, "on_one_cpu", lambda: False)
-    np.testing.assert_array_equal(one, masks_in_view(logits, to_weak, box, box, (20, 31)))
+    jax.tree.map(np.testing.assert_array_equal, found, label_views(prediction, unlabelled, options))
 
 
 @pytest.mark.parametrize("max_iou", [0.0, 0.2, 0.5, 0.8, 1.0])
