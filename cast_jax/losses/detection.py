@@ -80,7 +80,7 @@ def detection_loss(
     total, last = jnp.zeros(()), dict.fromkeys(weights, jnp.zeros(()))
     # Over the images of the batch, and there over the layers, which share an image's instances.
     costs_of: Callable[..., Array] = _by_layer(functools.partial(_matching_cost, config=config), shared=2)
-    terms_of: Callable[..., dict[str, Array]] = _by_layer(functools.partial(_layer_terms, config=config), shared=5)
+    terms_of: Callable[..., dict[str, Array]] = _by_layer(functools.partial(_layer_terms, config=config), shared=6)
     for logits, boxes, class_map in detected:
         logits, boxes = logits.astype(jnp.float32), boxes.astype(jnp.float32)
         labels = jnp.take_along_axis(class_map, targets.labels[..., None], axis=1)  # [batch, instances, tokens]
@@ -88,7 +88,7 @@ def detection_loss(
         with jax.named_scope("matching"):
             costs = jnp.moveaxis(costs_of(logits, boxes, labels, corners), 1, 0)
             query, matched = (jnp.moveaxis(values, 0, 1) for values in match_all(costs, asked))
-        weighted = (targets.class_weights, targets.mask_weights)
+        weighted = (targets.class_weights, targets.mask_weights, targets.background_weights)
         terms = terms_of(logits, boxes, query, matched, labels, corners, *weighted, targets.ignore)
         for name, values in terms.items():  # [batch, layers]
             total = total + weights[name] * jnp.sum(values) / divisor
@@ -139,14 +139,15 @@ def _matching_cost(logits, boxes, labels, corners, config: DetectionConfig) -> F
 
 
 def _layer_terms(
-    logits, boxes, query, matched, labels, corners, class_weights, box_weights, ignore, config
+    logits, boxes, query, matched, labels, corners, class_weights, box_weights, background_weight, ignore, config
 ) -> dict[str, Array]:
     """The sums of one image's terms in one layer, given the matched query of each instance."""
     weight = jnp.where(matched, box_weights, 0.0)
     # Unmatched instances write out of bounds, which `mode="drop"` discards.
     slot = jnp.where(matched, query, len(logits))
     tokens = jnp.zeros_like(logits).at[slot].set(labels, mode="drop")
-    counted = _outside_ignore(_cornered(boxes), ignore).at[slot].set(class_weights, mode="drop")
+    background = background_weight * _outside_ignore(_cornered(boxes), ignore)
+    counted = background.at[slot].set(class_weights, mode="drop")
     of_classes = jnp.sum(counted[:, None] * focal_loss(logits, tokens, config.alpha, config.gamma))
     found = boxes[query]
     distance = jnp.sum(jnp.abs(found - _centred(corners)), axis=-1)

@@ -176,6 +176,8 @@ def _class_terms(
 ) -> tuple[Float[Array, "images layers"], Float[Array, "images layers"]]:
     """Cross-entropy of all queries, and what they weigh. ``free`` is False where "no object" is not to be learned.
 
+    The targets' own factors do not count in what the queries weigh, or a batch's would cancel out.
+
     Classes are compared, not gathered: kernels that address memory take longer to compile, and keep their addresses.
     A label that is no class makes the loss NaN.
     """
@@ -184,10 +186,11 @@ def _class_terms(
     of_query = lambda values: jnp.sum(jnp.where(found, values[:, None, :, None], 0), axis=2)
     alone = ~jnp.any(found, axis=2)
     label = jnp.where(alone, classes - 1, of_query(targets.labels))
-    weight = jnp.where(alone, jnp.where(free, config.no_object_weight, 0.0), of_query(targets.class_weights))
+    weight = jnp.where(alone, jnp.where(free, config.no_object_weight, 0.0), 1.0)
+    factor = jnp.where(alone, targets.background_weights[:, None, None], of_query(targets.class_weights))
     chosen = jnp.where(label[..., None] == jnp.arange(classes), jax.nn.log_softmax(class_logits), 0.0)
     cross_entropy = jnp.where((label >= 0) & (label < classes), -jnp.sum(chosen, axis=-1), jnp.nan)
-    return jnp.sum(weight * cross_entropy, axis=-1), jnp.sum(weight, axis=-1)
+    return jnp.sum(weight * factor * cross_entropy, axis=-1), jnp.sum(weight, axis=-1)
 
 
 def _matching_costs(

@@ -22,6 +22,7 @@ class Targets:
       labels: class positions.
       valid: False on padding.
       class_weights, mask_weights: factors on each instance's class terms, and on those of its mask or box (1 = plain).
+      background_weights: factors on each image's lessons that there is no object.
       ignore: pixels that are neither object nor background error.
     """
 
@@ -30,6 +31,7 @@ class Targets:
     valid: Bool[Array, "batch instances"]
     class_weights: Float[Array, "batch instances"]
     mask_weights: Float[Array, "batch instances"]
+    background_weights: Float[Array, "batch"]
     ignore: Bool[Array, "batch height width"]
 
 

@@ -36,5 +36,6 @@ def view_targets(view: Batch) -> Targets:
         valid=view["instance_valid"],
         class_weights=view.get("class_weights", ones),
         mask_weights=view.get("mask_weights", ones),
+        background_weights=view.get("background_weights", jnp.ones(len(ones))),
         ignore=unpack_masks(view["ignore"], width),
     )

@@ -31,7 +31,8 @@ class OnlineLabelsConfig:
       max_iou: of two instances that overlap by more, the one with the better score stays.
       min_area: an instance with fewer pixels than this in a view is absent from that view.
       weighting: "none", or "quality": PAIS's, by which a class term weighs 12 min(p, 1/2)^4 for a class of probability
-        p, and the terms of a mask 2.5 q^4 for one of quality q (the values of its reference implementation).
+        p, the terms of a mask 2.5 q^4 for one of quality q, and "no object" 0.35^2 (the values of its reference
+        implementation).
     """
 
     class_threshold: float = 0.7
@@ -48,7 +49,7 @@ class OnlineLabelsConfig:
 def label_views(prediction: Prediction, group: Batch, config: OnlineLabelsConfig) -> Batch:
     """``group`` with what is found in its weak view as the labels of both views, in the same slots.
 
-    Each view gets ``class_weights`` and ``mask_weights`` [images, slots] besides.
+    Each view gets ``class_weights`` and ``mask_weights`` [images, slots] and ``background_weights`` [images] besides.
 
     Args:
       prediction: of the weak view's images; no gradient flows through the labels.
@@ -62,10 +63,11 @@ def label_views(prediction: Prediction, group: Batch, config: OnlineLabelsConfig
     kept = jax.vmap(functools.partial(without_duplicates, max_iou=config.max_iou))(found.mask_logits > 0, kept)
     shared = {"labels": found.labels.astype(jnp.int32), "scores": jnp.where(kept, found.scores, 0.0)}
     if config.weighting == "quality":
-        weights = 12.0 * jnp.minimum(probability, 0.5) ** 4, 2.5 * found.mask_quality**4
+        weights = 12.0 * jnp.minimum(probability, 0.5) ** 4, 2.5 * found.mask_quality**4, 0.35**2
     else:
-        weights = (jnp.ones_like(found.scores),) * 2
-    shared |= dict(zip(("class_weights", "mask_weights"), weights, strict=True))
+        weights = jnp.ones_like(found.scores), jnp.ones_like(found.scores), 1.0
+    shared |= {"class_weights": weights[0], "mask_weights": weights[1]}
+    shared["background_weights"] = jnp.full(len(kept), weights[2], jnp.float32)
 
     # Bounded and read bilinearly, as predictions are (``cast_jax.predict.mask_at_original``).
     logits = jnp.moveaxis(jnp.clip(found.mask_logits, -SATURATION, SATURATION), 1, -1)

@@ -70,6 +70,7 @@ def _targets(slots: int, instances: int) -> Targets:
         valid=jnp.asarray(valid),
         class_weights=jnp.ones((IMAGES, slots)),
         mask_weights=jnp.ones((IMAGES, slots)),
+        background_weights=jnp.ones(IMAGES),
         ignore=jnp.zeros((IMAGES, *SIZE), bool),
     )
 

@@ -34,8 +34,9 @@ def targets(seed: int = 0, ignored: bool = False) -> Targets:
     ignore[:, SIDE // 2 :, SIDE // 2 :] = ignored
     valid = np.array([[True, True, True, True], [True, True, False, False]])
     class_weights, box_weights = random.uniform(0.5, 1.5, (2, BATCH, INSTANCES)).astype(np.float32)
+    background = random.uniform(0.5, 1.5, BATCH).astype(np.float32)
     labels = np.array([[0, 1, 2, 1], [2, 0, 1, 2]], np.int32)
-    return Targets(*map(jnp.asarray, (masks, labels, valid, class_weights, box_weights, ignore)))
+    return Targets(*map(jnp.asarray, (masks, labels, valid, class_weights, box_weights, background, ignore)))
 
 
 def detected(seed: int = 0) -> list[tuple[np.ndarray, ...]]:
@@ -76,10 +77,11 @@ def expected(found, target: Targets, config: DetectionConfig = CONFIG) -> tuple[
                                  for pos, neg in zip(positive, negative, strict=True)])  # fmt: skip
             cost = config.class_cost * of_class + config.box_cost * distance - config.giou_cost * giou
             queries, chosen = linear_sum_assignment(cost[:, slots])
-            terms = {"class": negative.sum(), "box": 0.0, "giou": 0.0}
+            background = float(target.background_weights[image])
+            terms = {"class": background * negative.sum(), "box": 0.0, "giou": 0.0}
             for query, slot in zip(queries, np.array(slots, int)[chosen], strict=True):
                 weight, class_weight = (float(w[image, slot]) for w in (target.mask_weights, target.class_weights))
-                terms["class"] += class_weight * of_class[query, slot] - negative[query].sum()
+                terms["class"] += class_weight * of_class[query, slot] - background * negative[query].sum()
                 terms["box"] += weight * distance[query, slot]
                 terms["giou"] += weight * (1 - giou[query, slot])
             for name, value in terms.items():

@@ -64,6 +64,7 @@ def targets(seed: int = 0, aligned: bool = False, ignored: float = 0.1) -> Targe
         valid=jnp.asarray(valid),
         class_weights=jnp.asarray(rng.uniform(0.5, 1.5, (BATCH, INSTANCES)).astype(np.float32)),
         mask_weights=jnp.asarray(rng.uniform(0.5, 1.5, (BATCH, INSTANCES)).astype(np.float32)),
+        background_weights=jnp.asarray(rng.uniform(0.5, 1.5, BATCH).astype(np.float32)),
         ignore=jnp.asarray(rng.random((BATCH, 2 * SIDE, 2 * SIDE)) < ignored),
     )
 
@@ -110,15 +111,16 @@ def reference_terms(mask_logits, class_logits, target: Targets, image: int) -> d
     rows, columns = linear_sum_assignment(cost)
     owner = {int(q): wanted[i] for q, i in zip(rows, columns, strict=True)}
 
-    classes, class_weights = 0.0, 0.0
+    classes, count = 0.0, 0.0
     for q in range(QUERIES):
         inside = 1.0 / (1.0 + np.exp(-x[q][::4, ::4]))
         on_ignored = np.sum(inside * (1 - care[::4, ::4])) > 0.5 * np.sum(inside)
-        factor = of_classes[owner[q]] if q in owner else 0.1 * (not on_ignored)
-        classes -= factor * np.log(probability[q, label[owner[q]] if q in owner else CLASSES])
-        class_weights += factor
+        plain = 1.0 if q in owner else 0.1 * (not on_ignored)
+        factor = of_classes[owner[q]] if q in owner else float(target.background_weights[image])
+        classes -= plain * factor * np.log(probability[q, label[owner[q]] if q in owner else CLASSES])
+        count += plain
     return {
-        "class": (classes, class_weights),
+        "class": (classes, count),
         "mask": (sum(weight[i] * bce(x[q], y[i], care) for q, i in owner.items()), len(owner)),
         "dice": (sum(weight[i] * dice(x[q], y[i], care) for q, i in owner.items()), len(owner)),
     }
@@ -223,10 +225,9 @@ def test_an_instance_without_a_query_teaches_no_class():
     cross_entropy = -np.asarray(jax.nn.log_softmax(class_logits[-1, :, 0]))
     weights, labels = np.asarray(target.class_weights), np.asarray(target.labels)
     sums = weights * np.take_along_axis(cross_entropy, labels, axis=1)  # of one instance in each image
-    matched = np.isclose(weights[0][:, None] + weights[1], metrics["class"][1])
+    matched = np.isclose(sums[0][:, None] + sums[1], metrics["class"][0], rtol=1e-5)
     assert matched.sum() == 1
-    np.testing.assert_allclose((sums[0][:, None] + sums[1])[matched], metrics["class"][0], rtol=1e-5)
-    assert metrics["mask"][1] == BATCH
+    assert metrics["class"][1] == metrics["mask"][1] == BATCH
 
 
 def test_a_label_that_is_no_class_is_not_passed_over():
@@ -240,7 +241,7 @@ def test_a_batch_without_instances_is_finite():
     mask_logits, class_logits = logits()
     (loss, metrics), gradients = dense(mask_logits, class_logits, empty)
     assert float(metrics["mask"][0]) == float(metrics["dice"][0]) == float(metrics["mask"][1]) == 0.0
-    background = -jax.nn.log_softmax(class_logits)[..., -1]
+    background = -empty.background_weights[:, None] * jax.nn.log_softmax(class_logits)[..., -1]
     np.testing.assert_allclose(loss, 2.0 * np.sum(np.mean(background, (1, 2))), rtol=1e-5)
     assert not np.asarray(gradients[0]).any()
     assert np.isfinite(gradients[1]).all()

@@ -31,6 +31,7 @@ def view(seed: int, images: int) -> tuple[Prediction, Targets]:
         valid=jnp.asarray([[True, True, False]] * images),
         class_weights=jnp.asarray(rng.uniform(0.5, 1.5, (images, 3)), jnp.float32),
         mask_weights=jnp.asarray(rng.uniform(0.5, 1.5, (images, 3)), jnp.float32),
+        background_weights=jnp.asarray(rng.uniform(0.5, 1.5, images), jnp.float32),
         ignore=jnp.asarray(rng.random((images, SIDE, SIDE)) < 0.1),
     )
     return prediction, targets

@@ -25,6 +25,8 @@ from cast_jax.core.rules import named_leaves
 from cast_jax.core.step import TrainStep
 from cast_jax.losses import mask_terms
 from cast_jax.losses.matching import match_all
+from cast_jax.models.segmenter import Prediction
+from cast_jax.recipes.online_labels import OnlineLabelsConfig, label_views
 from cast_jax.recipes.semi_supervised import SemiSupervised
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -75,6 +77,14 @@ costs, valid = jax.ShapeDtypeStruct((2, 16, 5, 3), np.float32), jax.ShapeDtypeSt
 with jax.set_mesh(mesh):
     program = jax.jit(match_all, in_shardings=places).lower(costs, valid).compile()
 assert collective_bytes(program) == {}, program.as_text()
+
+# And label them; XLA's top_k alone wants every image's class probabilities (5 queries of 3 classes).
+images, rows = group(8, 0), NamedSharding(mesh, PartitionSpec(sharding.AXES))
+prediction = Prediction(*(jax.ShapeDtypeStruct((8, 5, *rest), np.float32) for rest in ((4, 6), (4,))), None)
+with jax.set_mesh(mesh):
+    label = jax.jit(lambda *found: label_views(*found, OnlineLabelsConfig()), in_shardings=rows)
+    program = label.lower(prediction, images).compile()
+assert sum(collective_bytes(program).values()) <= 8 * 5 * 3 * 4, program.as_text()
 
 split, step = losses(sharding.make_mesh({"data": 2, "fsdp": 4}))
 # Parameters that are split are gathered, twice, also within loops; activations stay where they are.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CLASSES, INSTANCES, SIZE, Linear, drawn, group
+from tiny import CLASSES, SIZE, Linear, drawn, group
 
 from cast_jax.core import sharding
 from cast_jax.core.annotations import Instances, encode_mask, suppress_duplicates
@@ -146,8 +146,8 @@ def test_thresholds_and_quality():
     order = np.asarray(by_class["labels"])[0, np.asarray(by_class["instance_valid"])[0]]
     assert sorted(order) == [0, 1, 2]
     np.testing.assert_allclose(by_class["scores"][0, :3], [0.6 * 0.9, 0.9 * 0.5, 0.4 * 0.8], rtol=2e-3)
-    for key in ("class_weights", "mask_weights"):
-        np.testing.assert_array_equal(by_class[key], np.ones((1, INSTANCES)))
+    for key in ("class_weights", "mask_weights", "background_weights"):
+        np.testing.assert_array_equal(by_class[key], np.ones(by_class[key].shape))
     assert np.asarray(chosen(class_threshold=0.35, mask_threshold=0.6)["instance_valid"])[0].tolist() == [
         True,  # class 1
         False,
@@ -155,6 +155,7 @@ def test_thresholds_and_quality():
         False,
     ]
     weighed = chosen(class_threshold=0.1, weighting="quality")
+    np.testing.assert_allclose(weighed["background_weights"], [0.35**2], rtol=1e-6)
     np.testing.assert_allclose(weighed["class_weights"][0], 12 * np.array([0.5, 0.5, 0.4, 0.2]) ** 4, rtol=5e-3)
     np.testing.assert_allclose(weighed["mask_weights"][0], 2.5 * np.array([0.9, 0.5, 0.8, 0.95]) ** 4, rtol=5e-3)
 
