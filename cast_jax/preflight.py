@@ -23,12 +23,13 @@ from cast_jax.export import load_shapes, merge_weights
 from cast_jax.models.functional import Params
 from cast_jax.models.registry import check_image_size, segmenter_config
 from cast_jax.models.student import StudentConfig
+from cast_jax.recipes.online_labels import OnlineLabelsConfig
 from cast_jax.settings import RunConfig
 from cast_jax.trainer import finished
 
 # Where the results of `:pseudo_label` and `:evaluate` come from when no step is named: the first that is there.
 TEACHERS = {"adapted": "adapt", "finetuned": "finetune"}
-EVALUATED = ("refine", "distill", "student_supervised", "adapt", "finetune", "pretrain")
+EVALUATED = ("refine", "distill", "burn_in", "student_supervised", "adapt", "finetune", "pretrain")
 METRICS = ("mask_ap", "mask_ap50", "mask_ap75")
 HOW_BATCHES_COME = ("num_threads", "num_workers", "prefetch")  # the same ones for any of these
 
@@ -170,6 +171,8 @@ def _check_step(run: RunConfig, name: str, mesh: Mesh) -> None:
             "objective.pseudo_label_weight is on, which needs pseudo_labels ('finetuned', 'adapted' or 'online') and "
             "data.batch_unlabelled of at least 1"
         )
+    if step.pseudo_labels != "online" and step.online_labels != OnlineLabelsConfig():
+        raise UserError("online_labels is not read: its labels are stored ones; set pseudo_labels to 'online'")
     if step.pseudo_labels == "online":
         if step.train.ema_decay is None:
             raise UserError("pseudo_labels 'online' are made by a moving average: set train.ema_decay (0.9996)")

@@ -23,7 +23,7 @@ from cast_jax.core.logging import read_metrics
 
 # What stands first, in this order; the last of the trained steps that has a result is the run's.
 _STEPS = ("pretrain", "finetune", "adapt", "burn_in", "distill", "refine", "finetuned", "adapted")
-_BASELINE = "student_supervised"
+_STUDENTS, _BASELINE = ("burn_in", "distill", "refine"), "student_supervised"
 _COLUMNS = (  # of the summary: key, title, format
     ("mask_ap", "mask AP", ".1f"),
     ("mask_ap50", "AP50", ".1f"),
@@ -66,7 +66,7 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     workdir = Path(workdir)
     summary = _json(workdir / "summary.json").get("steps", {})
     evaluated = [step for step, row in summary.items() if row.get("mask_ap") is not None]
-    ours = [step for step in evaluated if step != _BASELINE]
+    students = [step for step in evaluated if step in _STUDENTS]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -79,8 +79,8 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
         name=workdir.resolve().name,
         written=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         summary=summary,
-        headline=(ours or evaluated or [None])[-1],
-        baseline=_BASELINE if ours and _BASELINE in evaluated else None,
+        headline=(students or evaluated or [None])[-1],
+        baseline=_BASELINE if students and _BASELINE in evaluated else None,
         seconds=sum(row.get("seconds") or 0 for row in summary.values()),
         steps=[step for folder in _folders(workdir) if (step := _step(folder))],
         pseudo_labels=[part for folder in _folders(workdir / "pseudo_labels") if (part := _pseudo_labels(folder))],

@@ -253,6 +253,15 @@ class RunConfig:
         features = segmenter_config(self.model[step.model]).feature_dim
         projection = Functional(lambda rngs: ProjectionHead(features, self.embedding_dim, rngs=rngs))
         segmenter = self.segmenter(step.model, categories)
-        online = step.online_labels if step.pseudo_labels == "online" else None
         names, size = class_names(categories), self.data.image_size
-        return SemiSupervised(segmenter, projection, step.objective, names, size, online)
+        return SemiSupervised(segmenter, projection, step.objective, names, size, self.online_labels(name))
+
+    def online_labels(self, name: str) -> OnlineLabelsConfig | None:
+        """How a step makes its labels during training, if it does: where it does not say, as stored ones are made."""
+        step = self.steps[name]
+        if step.pseudo_labels != "online":
+            return None
+        view, own = self.loader_config(name).view, step.online_labels
+        max_iou = self.pseudo_labels.max_iou if own.max_iou is None else own.max_iou
+        min_area = view.min_area if own.min_area is None else own.min_area
+        return dataclasses.replace(own, max_iou=max_iou, min_area=min_area)

@@ -12,7 +12,7 @@ from configs import common
 
 
 def get_config(argument: str = "cast"):
-    """``step[,seed=0][,smoke][,encoder=dinov2_s][,decoder=dpt][,teacher=student_l]``."""
+    """``step[,seed=0][,smoke][,encoder=dinov2_s][,decoder=dpt][,teacher=student_l][,system=cast]``."""
     arguments = common.parse_arguments(argument, encoder="dinov2_s", decoder="dpt", teacher="student_l")
     config = common.base(arguments, "configs/ade20k.py")
     config.data.kind = "ade20k"

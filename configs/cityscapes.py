@@ -17,7 +17,7 @@ from configs import common
 
 
 def get_config(argument: str = "cast"):
-    """``step[,seed=0][,smoke][,labelled=298][,encoder=dinov2_s][,decoder=dpt][,teacher=student_l]``."""
+    """``step[,seed=0][,smoke][,labelled=298][,encoder=dinov2_s][,decoder=dpt][,teacher=student_l][,system=cast]``."""
     arguments = common.parse_arguments(argument, labelled=298, encoder="dinov2_s", decoder="dpt", teacher="student_l")
     config = common.base(arguments, "configs/cityscapes.py")
     config.data.kind = "cityscapes"

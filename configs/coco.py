@@ -10,7 +10,7 @@ from configs import common
 
 
 def get_config(argument: str = "cast"):
-    """``step[,seed=0][,smoke][,size=518][,encoder=dinov2_s][,decoder=dpt][,teacher=student_l]``.
+    """``step[,seed=0][,smoke][,size=518][,encoder=dinov2_s][,decoder=dpt][,teacher=student_l][,system=cast]``.
 
     ``size`` is the side of the square that images are fitted into: a multiple of 14, and with an encoder of stride 32
     beside the teacher's 14, of 224 (448 if it is left out).

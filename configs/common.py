@@ -172,7 +172,7 @@ def _step(
         "source": source,  # "labelled", or "pretrain" for the demo's other look
         "start": start,  # a step whose weights to start from; empty: config.init
         "start_parts": start_parts,  # which parts of them; empty: all
-        "pseudo_labels": pseudo_labels,  # "finetuned" or "adapted"
+        "pseudo_labels": pseudo_labels,  # "finetuned", "adapted" or "online"
         "data": {
             "batch_labelled": batch // 2 if semi else batch,
             "batch_unlabelled": batch // 2 if semi else 0,
@@ -266,9 +266,13 @@ def system(config: ConfigDict, arguments: FrozenConfigDict, ema_decay: float | N
 
     Args:
       ema_decay: instead of the published ones, for short schedules.
+
+    Raises:
+      ValueError: a step that the system does not have.
     """
     name, steps = arguments.system, config.steps
     if name == "cast":
+        _require_step(config, name)
         return
     steps.distill.objective.contrastive_weight = 0.0
     if not name.startswith("kd"):
@@ -309,7 +313,15 @@ def system(config: ConfigDict, arguments: FrozenConfigDict, ema_decay: float | N
             steps.distill.objective.supervised_weight = 0.0
             data = steps.distill.data
             data.batch_unlabelled, data.batch_labelled = data.batch_unlabelled + data.batch_labelled, 0
-    config.pipeline = (*(step for step in config.pipeline if step == "pretrain"), *pipeline)
+    pretrained = any(steps[step].start == "pretrain" for step in pipeline if step in steps)
+    config.pipeline = (*(("pretrain",) if pretrained else ()), *pipeline)
+    _require_step(config, name)
+
+
+def _require_step(config: ConfigDict, name: str) -> None:
+    """The steps that mean something else in another system must be the system's."""
+    if config.step in {"adapt", "burn_in", "distill"} - set(config.pipeline):
+        raise ValueError(f"system={name} has no step {config.step!r}; it is {', '.join(config.pipeline)}")
 
 
 def tiny_models(config: ConfigDict, image_size: tuple[int, int]) -> None:

@@ -19,7 +19,7 @@ LONG = {"pretrain": 4000, "finetune": 150, "adapt": 150, "distill": 1500, "refin
 
 
 def get_config(argument: str = "cast"):
-    """``step[,seed=0][,smoke][,long][,teacher=grounded_sam2_tiny]``.
+    """``step[,seed=0][,smoke][,long][,teacher=grounded_sam2_tiny][,system=cast]``.
 
     ``long``: the README's experiment, most of an hour. A teacher that was pretrained for longer, only 8 labels, and a
     student that has the pretrained encoder and nothing else.

@@ -20,7 +20,7 @@ STEPS = {
 
 
 def get_config(argument: str = "cast"):
-    """``step[,seed=0][,smoke][,teacher=grounded_sam2_tiny]``."""
+    """``step[,seed=0][,smoke][,teacher=grounded_sam2_tiny][,system=cast]``."""
     arguments = common.parse_arguments(argument, teacher="")
     config = common.base(arguments, "configs/nuclei.py")
     config.pipeline = ("pretrain", *config.pipeline)

@@ -127,7 +127,7 @@ def first_batch(pipeline: Pipeline, name: str) -> tuple[Any, tuple[Category, ...
         datasets, categories = pipeline.datasets, pipeline.categories
         labelled = datasets.pretrain if step.source == "pretrain" else datasets.labelled
         store = pipeline.workdir / "pseudo_labels" / step.pseudo_labels
-        if not step.pseudo_labels:
+        if step.pseudo_labels in ("", "online"):
             unlabelled = datasets.unlabelled
         elif (store / "stats.json").exists():
             unlabelled = PseudoLabelled(datasets.unlabelled, PseudoLabels.open(store), categories)

@@ -58,10 +58,14 @@ def peaks(device_kind: str) -> tuple[float | None, float | None]:
 
 
 def part_of(path: str) -> tuple[str, str]:
-    """The innermost of ``SCOPES`` in an operation's name, or "other", and which of ``PHASES`` it belongs to."""
+    """The innermost of ``SCOPES`` in an operation's name, or "other", and which of ``PHASES`` it belongs to.
+
+    All that makes labels is theirs, the network that it looks through too.
+    """
     steps = path.split("/")
     names = [re.sub(r"^(\w+\()*|\)*$", "", step) for step in steps if not step.startswith("jit(")]
-    scope = next((name for name in reversed(names) if name in SCOPES), "other")
+    inside = (name for name in reversed(names) if name in SCOPES)
+    scope = "online_labels" if "online_labels" in names else next(inside, "other")
     # The gradient of what was computed again has a name that is transposed twice.
     twice = any(re.match(r"(vmap\()*transpose\(transpose\(", step) for step in steps)
     again = steps.count("rematted_computation") > twice

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,13 @@ from jaxtyping import Array, Bool
 
 from cast_jax.contrastive.correspondence import correspond
 from cast_jax.core.config import check_choices, check_ranges
+from cast_jax.core.geometry import inside_box, pixel_centres, scale_positions
+from cast_jax.data.views import VIEW_NAMES
 from cast_jax.models.segmenter import SATURATION, Prediction, score_instances
 from cast_jax.recipes.base import Batch
 
 WEIGHTINGS = ("none", "quality")
+CANDIDATES = 100  # the best predictions of an image (or as many as it has slots), of which duplicates are left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +32,9 @@ class OnlineLabelsConfig:
     Attributes:
       class_threshold: least class probability (0.7 in Unbiased Teacher and Guided Distillation, 0.35 in PAIS).
       mask_threshold: least mask quality (0.3 in PAIS).
-      max_iou: of two instances that overlap by more, the one with the better score stays.
-      min_area: an instance with fewer pixels than this in a view is absent from that view.
+      max_iou: of two instances that overlap by more, the one with the better score stays; ``config.pseudo_labels``' if
+        a run leaves it unset.
+      min_area: an instance with fewer pixels than this in a view is absent from that view; the views' own if unset.
       weighting: "none", or "quality": PAIS's, by which a class term weighs 12 min(p, 1/2)^4 for a class of probability
         p, the terms of a mask 2.5 q^4 for one of quality q, and "no object" 0.35^2 (the values of its reference
         implementation).
@@ -37,8 +42,8 @@ class OnlineLabelsConfig:
 
     class_threshold: float = 0.7
     mask_threshold: float = 0.0
-    max_iou: float = 0.5
-    min_area: int = 16
+    max_iou: float | None = None
+    min_area: int | None = None
     weighting: str = "none"
 
     def __post_init__(self) -> None:
@@ -46,38 +51,53 @@ class OnlineLabelsConfig:
         check_choices(self, weighting=WEIGHTINGS)
 
 
-def label_views(prediction: Prediction, group: Batch, config: OnlineLabelsConfig) -> Batch:
-    """``group`` with what is found in its weak view as the labels of both views, in the same slots.
+def label_views(
+    prediction: Prediction, group: Batch, config: OnlineLabelsConfig, views: Sequence[str] = VIEW_NAMES
+) -> Batch:
+    """``group`` with what is found in its weak view as the labels of ``views``, in the same slots.
 
-    Each view gets ``class_weights`` and ``mask_weights`` [images, slots] and ``background_weights`` [images] besides.
+    These views get ``class_weights`` and ``mask_weights`` [images, slots] and ``background_weights`` [images] besides.
 
     Args:
       prediction: of the weak view's images; no gradient flows through the labels.
       group: both views of unlabelled images, as ``cast_jax.data.views.make_views`` makes them.
     """
+    assert config.max_iou is not None, "see RunConfig.online_labels"
+    assert config.min_area is not None
     weak = group["weak"]
     size, slots = weak["image"].shape[1:3], weak["labels"].shape[1]
-    found = jax.lax.stop_gradient(score_instances(prediction, slots))
+    found = jax.lax.stop_gradient(score_instances(prediction, max(CANDIDATES, slots)))
     probability = found.scores / jnp.maximum(found.mask_quality, 1e-6)
     kept = (probability >= config.class_threshold) & (found.mask_quality >= config.mask_threshold)
-    kept = jax.vmap(functools.partial(without_duplicates, max_iou=config.max_iou))(found.mask_logits > 0, kept)
-    shared = {"labels": found.labels.astype(jnp.int32), "scores": jnp.where(kept, found.scores, 0.0)}
+    grid = (found.mask_logits.shape[2], found.mask_logits.shape[3])
+    centres = scale_positions(pixel_centres(*grid), grid, size)
+    real = jax.vmap(inside_box, (0, None))(weak["valid_box"], centres).reshape(-1, 1, *grid)
+    without = functools.partial(without_duplicates, max_iou=config.max_iou)
+    kept = jax.vmap(without)((found.mask_logits > 0) & real, kept)
+    best = jnp.argsort(~kept, axis=1, stable=True)[:, :slots]
+    in_slots = lambda values: jnp.take_along_axis(values, best.reshape(*best.shape, *(1,) * (values.ndim - 2)), axis=1)
+    found, probability, kept = jax.tree.map(in_slots, (found, probability, kept))
+
     if config.weighting == "quality":
         weights = 12.0 * jnp.minimum(probability, 0.5) ** 4, 2.5 * found.mask_quality**4, 0.35**2
     else:
-        weights = jnp.ones_like(found.scores), jnp.ones_like(found.scores), 1.0
-    shared |= {"class_weights": weights[0], "mask_weights": weights[1]}
-    shared["background_weights"] = jnp.full(len(kept), weights[2], jnp.float32)
-
+        weights = jnp.ones_like(probability), jnp.ones_like(probability), 1.0
+    shared = {
+        "labels": found.labels.astype(jnp.int32),
+        "scores": jnp.where(kept, found.scores, 0.0),
+        "class_weights": weights[0],
+        "mask_weights": weights[1],
+        "background_weights": jnp.full(len(kept), weights[2], jnp.float32),
+    }
     # Bounded and read bilinearly, as predictions are (``cast_jax.predict.mask_at_original``).
     logits = jnp.moveaxis(jnp.clip(found.mask_logits, -SATURATION, SATURATION), 1, -1)
-    unmoved = jnp.broadcast_to(jnp.eye(2, 3), group["strong_to_weak"].shape)
+    to_weak = group["strong_to_weak"]
     labelled = dict(group)
-    for name, to_weak in (("weak", unmoved), ("strong", group["strong_to_weak"])):
-        view = group[name]
+    for name in views:
+        view, matrix = group[name], to_weak if name == "strong" else jnp.broadcast_to(jnp.eye(2, 3), to_weak.shape)
         boxes = {"valid_box_strong": view["valid_box"], "valid_box_weak": weak["valid_box"]}
-        read, real = correspond(logits, to_weak, image_size=size, strong_grid=size, **boxes)
-        masks = jnp.moveaxis((read > 0) & real[..., None], 2, 1).reshape(-1, slots, *size)
+        read, shown = correspond(logits, matrix, image_size=size, strong_grid=size, **boxes)
+        masks = jnp.moveaxis((read > 0) & shown[..., None], 2, 1).reshape(-1, slots, *size)
         valid = kept & (jnp.sum(masks, axis=(2, 3)) >= config.min_area)
         packed = jnp.packbits(masks & valid[..., None, None], axis=-1, bitorder="little")
         labelled[name] = {**view, **shared, "masks": packed, "instance_valid": valid}

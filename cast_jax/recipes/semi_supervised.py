@@ -198,7 +198,9 @@ class SemiSupervised:
             cut = jnp.sum(batch[group]["instances_cut"]).astype(jnp.float32)
             metrics[f"data/instances_cut_{group}"] = (cut, jnp.asarray(len(batch[group]["instances_cut"]), jnp.float32))
         if "unlabelled" in batch and config.pseudo_label_weight:
-            metrics |= _pseudo_label_metrics(batch["unlabelled"], self.class_names)
+            labelled = VIEW_NAMES if self.online_labels is None else config.pseudo_label_views
+            view = next(name for name in VIEW_NAMES if name in labelled and name in batch["unlabelled"])
+            metrics |= _pseudo_label_metrics(batch["unlabelled"][view], self.class_names)
         entries: list[Entries] = []
         if config.contrastive_weight:
             bank = frozen["bank"] if self._has_bank else None
@@ -212,7 +214,8 @@ class SemiSupervised:
         """Unlabelled images with the instances that the moving ``average`` finds in their weak view."""
         assert self.online_labels is not None
         prediction = self.segmenter.apply(average, view_images(group["weak"]))
-        return label_views(prediction, group, self.online_labels)
+        read = {*self.config.pseudo_label_views, *(("strong",) if self.config.contrastive_weight else ())}
+        return label_views(prediction, group, self.online_labels, [name for name in VIEW_NAMES if name in read])
 
     def _forward(self, params: Params, batch: Batch, key: PRNGKeyArray) -> _Found:
         # View by view: what is read of one view of all groups then lies together.
@@ -325,9 +328,8 @@ def _pool(
     return cropped.reshape(batch, rows, stride, columns, stride, channels).mean((2, 4))
 
 
-def _pseudo_label_metrics(group: Batch, class_names: tuple[str, ...]) -> Metrics:
+def _pseudo_label_metrics(view: Batch, class_names: tuple[str, ...]) -> Metrics:
     """Instances an image that survive in the view, in all and by class, and their mean score."""
-    view = group["weak" if "weak" in group else "strong"]
     valid = view["instance_valid"]
     images = jnp.asarray(valid.shape[0], jnp.float32)
     kept = jnp.sum(valid).astype(jnp.float32)

@@ -19,9 +19,11 @@ from cast_jax.data.views import ViewConfig, make_views
 from cast_jax.losses.config import CriterionConfig
 from cast_jax.models.functional import Functional
 from cast_jax.models.segmenter import Prediction
+from cast_jax.recipes.base import view_targets
 from cast_jax.recipes.online_labels import OnlineLabelsConfig, label_views, without_duplicates
 from cast_jax.recipes.semi_supervised import ObjectiveConfig, SemiSupervised
 
+MADE = OnlineLabelsConfig(max_iou=0.5, min_area=16)
 CANVAS = (96, 128)
 VIEWS = ViewConfig(
     image_size=CANVAS,
@@ -68,7 +70,7 @@ def test_labels_lie_where_the_image_s_own_masks_lie(seed):
     batch = views_of_discs(seed)
     weak = unpack_masks(jnp.asarray(batch["weak"]["masks"]), CANVAS[1])
     predicted = prediction_of(np.asarray(weak, float), sure(batch["weak"]["labels"], 3))
-    labelled = label_views(predicted, batch, OnlineLabelsConfig())
+    labelled = label_views(predicted, batch, MADE)
     compared = 0
     for name in ("weak", "strong"):
         found, true = labelled[name], batch[name]
@@ -98,7 +100,7 @@ def test_nothing_lies_outside_of_the_image(monkeypatch):
     )
     unlabelled["weak"]["valid_box"] = np.array([[0, 0, *SIZE], [4, 0, SIZE[0], 30]], np.float32)
     unlabelled["strong"]["valid_box"] = np.array([[2, 0, *SIZE], [0, 0, *SIZE]], np.float32)
-    options = OnlineLabelsConfig(max_iou=1.0)
+    options = dataclasses.replace(MADE, max_iou=1.0)
     found = label_views(prediction, unlabelled, options)
     strong = np.zeros((2, *SIZE), bool)
     strong[0, 2:] = True
@@ -141,28 +143,90 @@ def stripes(quality) -> tuple[Prediction, dict]:
 def test_thresholds_and_quality():
     """Class and mask are judged apart, and weigh what PAIS has them weigh."""
     prediction, unlabelled = stripes(np.array([[0.5, 0.9, 0.8, 0.95]], np.float32))
-    chosen = lambda **options: label_views(prediction, unlabelled, OnlineLabelsConfig(**options))["weak"]
+    chosen = lambda **options: label_views(prediction, unlabelled, dataclasses.replace(MADE, **options))["weak"]
     by_class = chosen(class_threshold=0.35)
     order = np.asarray(by_class["labels"])[0, np.asarray(by_class["instance_valid"])[0]]
     assert sorted(order) == [0, 1, 2]
     np.testing.assert_allclose(by_class["scores"][0, :3], [0.6 * 0.9, 0.9 * 0.5, 0.4 * 0.8], rtol=2e-3)
     for key in ("class_weights", "mask_weights", "background_weights"):
         np.testing.assert_array_equal(by_class[key], np.ones(by_class[key].shape))
-    assert np.asarray(chosen(class_threshold=0.35, mask_threshold=0.6)["instance_valid"])[0].tolist() == [
-        True,  # class 1
-        False,
-        True,  # class 2
-        False,
-    ]
+    by_both = chosen(class_threshold=0.35, mask_threshold=0.6)
+    valid = np.asarray(by_both["instance_valid"])[0]
+    assert valid.tolist() == [True, True, False, False]
+    assert np.asarray(by_both["labels"])[0, valid].tolist() == [1, 2]
     weighed = chosen(class_threshold=0.1, weighting="quality")
     np.testing.assert_allclose(weighed["background_weights"], [0.35**2], rtol=1e-6)
     np.testing.assert_allclose(weighed["class_weights"][0], 12 * np.array([0.5, 0.5, 0.4, 0.2]) ** 4, rtol=5e-3)
     np.testing.assert_allclose(weighed["mask_weights"][0], 2.5 * np.array([0.9, 0.5, 0.8, 0.95]) ** 4, rtol=5e-3)
 
 
+def test_the_best_of_overlapping_ones_stays_and_leaves_its_slots_to_others():
+    """Five of one object, the surest of them below the threshold, and three others, in four slots."""
+    masks, classes = np.zeros((1, 8, *SIZE)), np.full((1, 8, CLASSES + 1), 1e-4)
+    for query in range(8):
+        masks[0, query, :, 12 * max(query - 4, 0) :][:, :12] = 1.0
+    quality = np.array([[0.1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.5, 0.5]], np.float32)
+    classes[0, :, 1], classes[0, :, -1] = 0.9, 0.1
+    classes[0, 0, 1], classes[0, 0, -1] = 0.99, 0.01
+    found = label_views(
+        prediction_of(masks, classes, quality), group(1, 0), dataclasses.replace(MADE, mask_threshold=0.2)
+    )
+    assert np.asarray(found["weak"]["instance_valid"]).all()
+    seen = np.asarray(unpack_masks(found["weak"]["masks"], SIZE[1]))[0]
+    assert sorted(mask.any(0).argmax() for mask in seen) == [0, 12, 24, 36]
+    np.testing.assert_allclose(np.sort(found["weak"]["scores"][0]), [0.45, 0.45, 0.45, 0.81], rtol=2e-3)
+
+
+def test_how_much_may_overlap():
+    """Two masks that share a third of what they cover together."""
+    masks, classes = np.zeros((1, 2, *SIZE)), np.full((1, 2, CLASSES + 1), 0.01)
+    masks[0, 0, :, :16] = masks[0, 1, :, 8:24] = 1.0
+    classes[0, :, 0] = 0.95, 0.9
+    classes = np.concatenate([classes, np.full((1, 4, CLASSES + 1), 0.25)], axis=1)
+    masks = np.concatenate([masks, np.zeros((1, 4, *SIZE))], axis=1)
+    for max_iou, kept in ((0.3, 1), (0.4, 2)):
+        found = label_views(prediction_of(masks, classes), group(1, 0), dataclasses.replace(MADE, max_iou=max_iou))[
+            "weak"
+        ]
+        assert np.asarray(found["instance_valid"]).sum() == kept
+        assert np.count_nonzero(found["scores"]) == kept  # nothing is said of those that are left out
+    # What both cover of the padding counts for nothing.
+    masks[0, :2, SIZE[0] // 2 :] = 1.0
+    padded = group(1, 0)
+    padded["weak"]["valid_box"] = np.array([[0, 0, SIZE[0] // 2, SIZE[1]]], np.float32)
+    found = label_views(prediction_of(masks, classes), padded, dataclasses.replace(MADE, max_iou=0.4))["weak"]
+    assert np.asarray(found["instance_valid"]).sum() == 2
+
+
+def test_only_the_views_that_are_read_are_labelled():
+    prediction, unlabelled = stripes(None)
+    both, one = (label_views(prediction, unlabelled, MADE, views) for views in (("weak", "strong"), ("strong",)))
+    assert one["weak"] is unlabelled["weak"]
+    jax.tree.map(np.testing.assert_array_equal, one["strong"], both["strong"])
+
+
+def test_bounded_logits_keep_small_objects():
+    """Between a pixel of 2 and a background of -50 the border lies in the middle, not at a twenty-fifth."""
+    logits = jnp.full((1, 4, *(side // 8 for side in SIZE)), -50.0).at[:, :, 2, 3].set(4.0)
+    classes = np.full((1, 4, CLASSES + 1), 0.01)
+    classes[0, :, 0] = 0.97
+    prediction = Prediction(logits, jnp.log(jnp.asarray(classes)), None, None, None)
+    found = label_views(prediction, group(1, 0), MADE)
+    assert np.asarray(unpack_masks(found["weak"]["masks"], SIZE[1])).sum() >= 32
+
+
+def test_weights_reach_the_criterion_s_targets():
+    prediction, unlabelled = stripes(np.array([[0.5, 0.9, 0.8, 0.95]], np.float32))
+    view = label_views(prediction, unlabelled, dataclasses.replace(MADE, weighting="quality"))["strong"]
+    targets = view_targets(view)
+    for key in ("class_weights", "mask_weights", "background_weights"):
+        np.testing.assert_array_equal(getattr(targets, key), view[key])
+    assert len({float(jnp.sum(view[key])) for key in ("class_weights", "mask_weights", "background_weights")}) == 3
+
+
 def test_small_remains_are_absent_from_their_view_alone():
     prediction, unlabelled = stripes(None)
-    options = OnlineLabelsConfig(class_threshold=0.1, min_area=SIZE[0] * 12)
+    options = dataclasses.replace(MADE, class_threshold=0.1, min_area=SIZE[0] * 12)
     found = label_views(prediction, unlabelled, options)  # the strong view shows the middle, twice as large
     assert np.asarray(found["weak"]["instance_valid"]).all()
     seen = np.asarray(unpack_masks(found["strong"]["masks"], SIZE[1])).sum((2, 3))[0]
@@ -187,7 +251,7 @@ def test_wrong_settings_are_named(options, message):
 # The objective
 
 LINEAR = Functional(lambda rngs: Linear(rngs))
-ONLINE = OnlineLabelsConfig(class_threshold=0.2, min_area=1)
+ONLINE = OnlineLabelsConfig(class_threshold=0.2, max_iou=0.5, min_area=1)
 OBJECTIVE = ObjectiveConfig(
     supervised_weight=0.7,
     pseudo_label_weight=0.5,
@@ -217,12 +281,13 @@ def test_the_average_s_labels_are_learned_as_others_are(weighting):
     found = label_views(LINEAR.apply(average, images), batch()["unlabelled"], online)
     assert np.asarray(found["strong"]["instance_valid"]).any()
     (loss, metrics), gradient = learned(online, average, batch())
-    (wanted, others), known = learned(None, average, {**batch(), "unlabelled": found})
+    stored = {**found, "weak": found["strong"]}  # whose number is reported
+    (wanted, others), known = learned(None, average, {**batch(), "unlabelled": stored})
     np.testing.assert_allclose(loss, wanted, rtol=1e-6)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), (gradient, metrics), (known, others)
     )
-    assert metrics["pseudo_labels/per_image"][0] == np.asarray(found["weak"]["instance_valid"]).sum()
+    assert metrics["pseudo_labels/per_image"][0] == np.asarray(found["strong"]["instance_valid"]).sum()
     assert abs(loss - learned(online, drawn(LINEAR.abstract(), 2.0, seed=8), batch())[0][0]) > 1e-3
 
 
@@ -233,12 +298,12 @@ def test_only_views_that_teach_are_looked_at():
     class Spied:
         takes = staticmethod(LINEAR.takes)
 
-        def apply(self, params, images, **rest):
-            seen.append(len(images))
-            return LINEAR.apply(params, images, **rest)
+        def apply(self, params, images, key=None):
+            seen.append((len(images), key is None))  # the average, without dropout
+            return LINEAR.apply(params, images, key=key)
 
     params = {"segmenter": drawn(LINEAR.abstract())}
-    for online, wanted in ((None, [4]), (ONLINE, [2, 4])):
+    for online, wanted in ((None, [(4, False)]), (ONLINE, [(2, True), (4, False)])):
         seen.clear()
         recipe = SemiSupervised(Spied(), None, OBJECTIVE, online_labels=online)
         jax.eval_shape(recipe.loss_fn, params, {"ema": params}, batch(), jax.random.key(0))
