@@ -32,8 +32,7 @@ from cast_jax.data.checks import SeenImages, check_sources
 from cast_jax.data.datasets import Datasets, open_datasets
 from cast_jax.data.pipeline import make_loader
 from cast_jax.data.prefetch import Prefetcher
-from cast_jax.data.pseudo_labels import PseudoLabels, PseudoLabelWriter, confident
-from cast_jax.data.review import finish_import
+from cast_jax.data.pseudo_labels import PseudoLabels, confident
 from cast_jax.data.sources.base import Source
 from cast_jax.data.sources.cached import Cached
 from cast_jax.data.sources.pseudo_labelled import PseudoLabelled
@@ -44,6 +43,7 @@ from cast_jax.evaluation import cityscapes
 from cast_jax.evaluation.audit import audit, calibration_figure, tenths_from
 from cast_jax.evaluation.coco_map import MaskAPEvaluator
 from cast_jax.export import load_weights, merge_weights, save_weights, weights_hash
+from cast_jax.labelling import Predict, label_images
 from cast_jax.models.functional import Functional, Params, count_parameters
 from cast_jax.predict import Predictor
 from cast_jax.preflight import (
@@ -66,7 +66,7 @@ from cast_jax.recipes.semi_supervised import SemiSupervised
 from cast_jax.report import summary_table, write_report
 from cast_jax.settings import RunConfig
 from cast_jax.trainer import finished, train
-from cast_jax.visualize import contact_sheet, overlay, save_image, side_by_side
+from cast_jax.visualize import contact_sheet, save_image, side_by_side
 
 logger = logging.getLogger(__name__)
 
@@ -375,57 +375,14 @@ class Pipeline:
 
     def pseudo_label(self, which: str) -> None:
         """Labels the unlabelled pool with the finetuned or adapted teacher, shard by shard."""
-        step = TEACHERS[which]
-        folder, source = self.workdir / "pseudo_labels" / which, self.datasets.unlabelled
-        options = self.config.pseudo_labels
-        if distributed.is_first():
-            finish_import(folder)
-        distributed.barrier()
-        writer = PseudoLabelWriter(
-            folder,
-            source,
-            self.categories,
-            weights_hash(result(self.workdir, step)),
-            options.threshold,
-            options.max_iou,
-            options.shard_size,
-        )
-        pending = distributed.agreed([shard.number for shard in writer.pending_shards()])
-        if distributed.agreed(not pending and (folder / "stats.json").exists()):
-            logger.info("pseudo_labels/%s: finished already", which)
-            if distributed.is_first() and not (folder / "contact_sheet.jpg").exists():  # reviewed since
-                self._contact_sheet(folder)
-            return
-        predictor, params = self._trained(step, labelling=True)
-        own = pending[jax.process_index() :: jax.process_count()]
-        for number in own + [None] * (-(-len(pending) // jax.process_count()) - len(own)):  # all predict together
-            indices = [] if number is None else list(writer.shard(number).indices)
-            found = list(predictor(params, source, indices, f"pseudo-labels {which} {number}"))
-            if number is not None:
-                writer.write_shard(number, [detections for _, detections in found])
-        distributed.barrier()
-        if distributed.is_first():
-            self._contact_sheet(folder)
-            statistics = writer.finish()
-            logger.info(
-                "pseudo_labels/%s: %d instances in %d images, %d images without any",
-                which,
-                statistics["instances"],
-                statistics["images"],
-                statistics["empty_images"],
-            )
-        distributed.barrier()
+        step, source = TEACHERS[which], self.datasets.unlabelled
 
-    def _contact_sheet(self, folder: Path) -> None:
-        """A page of the pool's images with their pseudo-labels, evenly spread."""
-        source = PseudoLabelled(self.datasets.unlabelled, PseudoLabels.open(folder), self.categories)
-        pictures = []
-        for index in np.linspace(0, len(source) - 1, min(16, len(source))).astype(int).tolist():
-            found = source.instances(index)
-            pictures.append(
-                overlay(source.image(index), found.masks, found.labels, found.scores, self.categories, long_side=480)
-            )
-        save_image(folder / "contact_sheet.jpg", contact_sheet(pictures))
+        def prepare() -> Predict:
+            predictor, params = self._trained(step, labelling=True)
+            return functools.partial(predictor, params, source)
+
+        folder, teacher = self.workdir / "pseudo_labels" / which, weights_hash(result(self.workdir, step))
+        label_images(folder, source, self.categories, teacher, self.config.pseudo_labels, prepare)
 
     def _hidden_share(self) -> tuple[Source, Source]:
         """The labelled images that the audited teacher is trained on, and those whose labels it never sees."""

@@ -18,6 +18,7 @@ from cast_jax.core.runtime import compute_dtype
 from cast_jax.data.pipeline import LoaderConfig
 from cast_jax.data.views import ViewConfig
 from cast_jax.evaluation.class_names import class_names
+from cast_jax.labelling import PseudoLabelConfig
 from cast_jax.models.functional import Functional
 from cast_jax.models.registry import build_segmenter, segmenter_config
 from cast_jax.models.student import ProjectionHead
@@ -82,24 +83,6 @@ class DataConfig:
             raise UserError(
                 f"labelled is {self.labelled!r}; for kind {self.kind!r} it must be of type {wanted.__name__}"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class PseudoLabelConfig:
-    """Which predictions become pseudo-labels, and images a shard of the store.
-
-    Attributes:
-      threshold: least score.
-      max_iou: of two instances that overlap by more, the better one stays; 1 keeps all but repeated ones.
-      shard_size: images a shard.
-    """
-
-    threshold: float = 0.3
-    max_iou: float = 0.5
-    shard_size: int = 256
-
-    def __post_init__(self) -> None:
-        check_ranges(self, threshold="[0, 1]", max_iou="[0, 1]", shard_size="[1, inf)")
 
 
 @dataclasses.dataclass(frozen=True)

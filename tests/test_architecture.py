@@ -25,7 +25,7 @@ FLOORS = (
     ("preflight",),
     ("settings",),
     ("convert", "predict_command"),
-    ("trainer", "predict", "report", "export", "check_data"),
+    ("trainer", "predict", "labelling", "report", "export", "check_data"),
     ("recipes",),
     ("models", "losses", "contrastive", "data", "evaluation", "visualize"),
     ("core",),
