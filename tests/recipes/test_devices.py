@@ -82,7 +82,7 @@ assert collective_bytes(program) == {}, program.as_text()
 images, rows = group(8, 0), NamedSharding(mesh, PartitionSpec(sharding.AXES))
 prediction = Prediction(*(jax.ShapeDtypeStruct((8, 5, *rest), np.float32) for rest in ((4, 6), (4,))), None)
 with jax.set_mesh(mesh):
-    label = jax.jit(lambda *found: label_views(*found, OnlineLabelsConfig()), in_shardings=rows)
+    label = jax.jit(lambda *found: label_views(*found, OnlineLabelsConfig(max_iou=0.5, min_area=1)), in_shardings=rows)
     program = label.lower(prediction, images).compile()
 assert sum(collective_bytes(program).values()) <= 8 * 5 * 3 * 4, program.as_text()
 
