@@ -24,6 +24,7 @@ from cast_jax.preflight import (
     check_order,
     check_parameters,
     check_settings,
+    evaluated,
     make_workdir,
     require_same,
 )
@@ -42,6 +43,12 @@ def config(change=lambda values: None, step: str = "cast") -> dict[str, Any]:
 
 def run_config(change=lambda values: None, step: str = "cast") -> RunConfig:
     return build(RunConfig, config(change, step), "config")
+
+
+def test_a_burn_in_comes_before_the_teacher_when_a_run_is_looked_at():
+    run = build(RunConfig, coco.get_config("evaluate,smoke,system=guided_distillation").to_dict(), "config")
+    order = evaluated(run)
+    assert order.index("distill") < order.index("burn_in") < order.index("finetune")
 
 
 def check_parameters_of(run: RunConfig, workdir) -> None:

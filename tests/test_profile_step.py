@@ -15,8 +15,9 @@ from cast_jax.core import target
 from cast_jax.core.errors import UserError
 from cast_jax.core.runtime import as_size
 from cast_jax.models.functional import Functional
+from cast_jax.pipeline import Pipeline
 from cast_jax.settings import RunConfig
-from configs import coco
+from configs import coco, demo
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "profile_step.py"
 
@@ -83,3 +84,11 @@ def test_only_trained_steps_have_a_profile(script, config, tmp_path):
     config["step"] = "cast"
     with pytest.raises(UserError, match=r"config\.step is 'cast'; name a step that is trained: adapt, distill, "):
         run(script, config, tmp_path)
+
+
+def test_labels_made_during_training_need_no_stored_ones(script, tmp_path):
+    """The pool as it is, not labelled images in its place."""
+    pipeline = Pipeline(demo.get_config("distill,smoke,system=pais").to_dict(), tmp_path)
+    batch, _ = script.first_batch(pipeline, "distill")
+    assert batch["labelled"]["strong"]["instance_valid"].any()
+    assert not batch["unlabelled"]["strong"]["instance_valid"].any()

@@ -197,6 +197,14 @@ def test_a_second_report_replaces_the_first(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "summary.json"]
 
 
+def test_a_teacher_is_not_held_against_a_student(tmp_path):
+    rows = {"finetune": {"mask_ap": 28.7}, "student_supervised": {"mask_ap": 21.1}}
+    write_json(tmp_path / "summary.json", {"steps": rows})
+    text = Page(write_report(tmp_path).read_text(encoding="utf-8")).text
+    assert text[text.index("mask AP (%), student_supervised") - 1] == "21.1"
+    assert "mask AP (%), labels only" not in text
+
+
 def test_summary_table_is_aligned():
     assert summary_table(SUMMARY) == "\n".join(
         [

@@ -64,6 +64,7 @@ def test_instructions_and_what_they_were_made_of():
         ),
         ("jit(_step)/jvp(contrastive)/while/body/vmap(transpose(jvp()))/mul", ("contrastive", "backward")),
         ("rematted_computation/vmap(transpose(transpose(jvp(encoder))))/mul", ("encoder", "backward")),
+        ("jit(_step)/jvp(online_labels)/encoder/mlp/dot_general", ("online_labels", "forward")),  # not the student's
         ("jit(_step)/optimizer/mul", ("optimizer", "forward")),
         ("", ("other", "forward")),
     ],
