@@ -112,7 +112,7 @@ def set_loss(
         factors = _part_weights(jnp.sum(valid), instances, len(valid) * queries, config)
         weights = {name: weight * factors[name] for name, weight in weights.items()}
     sums = jax.tree.map(lambda values: jnp.sum(values, axis=0), terms)
-    means = [weights[name] * jnp.sum(total / jnp.maximum(count, 1.0)) for name, (total, count) in sums.items()]
+    means = [weights[name] * jnp.sum(total / jnp.where(count > 0, count, 1.0)) for name, (total, count) in sums.items()]
     return jnp.sum(jnp.stack(means)), jax.tree.map(lambda values: values[-1], sums)
 
 

@@ -131,7 +131,7 @@ def reference(mask_logits, class_logits, target: Targets) -> float:
     for masks, classes in zip(mask_logits, class_logits, strict=True):
         terms = [reference_terms(masks[b], classes[b], target, b) for b in range(BATCH)]
         for name, factor in {"class": 2.0, "mask": 5.0, "dice": 5.0}.items():
-            total += factor * sum(t[name][0] for t in terms) / max(sum(t[name][1] for t in terms), 1.0)
+            total += factor * sum(t[name][0] for t in terms) / (sum(t[name][1] for t in terms) or 1.0)
     return total
 
 
@@ -245,6 +245,16 @@ def test_a_batch_without_instances_is_finite():
     np.testing.assert_allclose(loss, 2.0 * np.sum(np.mean(background, (1, 2))), rtol=1e-5)
     assert not np.asarray(gradients[0]).any()
     assert np.isfinite(gradients[1]).all()
+
+
+def test_few_queries_of_no_object_are_averaged_too():
+    """What they weigh, 5 x 0.1, is less than one, and still what their loss is divided by."""
+    alone = jax.tree.map(lambda array: array[:1], dataclasses.replace(targets(), valid=jnp.zeros((BATCH, 1), bool)))
+    alone = dataclasses.replace(alone, valid=jnp.zeros((1, INSTANCES), bool))
+    mask_logits, class_logits = logits()
+    (loss, _), _ = dense(mask_logits[:, :1], class_logits[:, :1], alone)
+    background = -alone.background_weights[:, None] * jax.nn.log_softmax(class_logits[:, :1])[..., -1]
+    np.testing.assert_allclose(loss, 2.0 * np.sum(np.mean(background, (1, 2))), rtol=1e-5)
 
 
 def test_the_normaliser_is_global():
