@@ -171,6 +171,12 @@ def _check_step(run: RunConfig, name: str, mesh: Mesh) -> None:
             "objective.pseudo_label_weight is on, which needs pseudo_labels ('finetuned', 'adapted' or 'online') and "
             "data.batch_unlabelled of at least 1"
         )
+    reads_unlabelled = objective.pseudo_label_weight or objective.contrastive_weight
+    if (step.pseudo_labels or loader.batch_unlabelled) and not reads_unlabelled:
+        raise UserError(
+            "no term of the objective reads unlabelled images: set pseudo_label_weight or contrastive_weight above 0, "
+            "or pseudo_labels='' and data.batch_unlabelled=0"
+        )
     if step.pseudo_labels != "online" and step.online_labels != OnlineLabelsConfig():
         raise UserError("online_labels is not read: its labels are stored ones; set pseudo_labels to 'online'")
     if step.pseudo_labels == "online":

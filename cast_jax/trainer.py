@@ -59,6 +59,7 @@ class TrainConfig:
       seed: of the initial parameters and of every update's key.
       accumulate: micro-batches that each device computes one after another, to save memory.
       ema_decay: keep an exponential moving average of the parameters; recipes find it in ``frozen["ema"]``.
+      ema_warmup: begin it as a mean of the run's parameters; else with those that the run starts from.
       evaluate_ema: evaluate, export and return the average instead of the parameters.
       log_every, save_every, eval_every: in steps; the last step does all three. ``eval_every=0``: only there.
       keep: newest checkpoints to keep, besides the best.
@@ -72,6 +73,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     accumulate: int = 1
     ema_decay: float | None = None
+    ema_warmup: bool = True
     evaluate_ema: bool = False
     log_every: int = 50
     save_every: int = 1000
@@ -124,6 +126,7 @@ def make_step(recipe: Trainable, config: TrainConfig) -> TrainStep:
         mesh=make_mesh(config.mesh),
         rules=config.sharding_rules,
         ema_decay=config.ema_decay,
+        ema_warmup=config.ema_warmup,
         accumulate=config.accumulate,
         seed=config.seed,
     )

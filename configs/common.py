@@ -42,12 +42,15 @@ def parse_arguments(
       ValueError: an unknown step, argument or system, listing the known ones, or a value of the wrong type.
     """
     defaults = {"seed": 0, "smoke": False, "system": "cast", **defaults}
-    values = dict(defaults)
+    values, given = dict(defaults), set[str]()
     step, *arguments = text.split(",")
     if step not in steps:
         raise ValueError(f"unknown step {step!r}; known steps: {', '.join(steps)}")
     for argument in arguments:
         name, _, value = argument.partition("=")
+        if name in given:
+            raise ValueError(f"config argument {name} is given twice")
+        given.add(name)
         if name not in defaults:
             raise ValueError(f"unknown config argument {name!r}; known: {', '.join(defaults)}")
         kind = type(defaults[name])
@@ -260,7 +263,7 @@ def system(config: ConfigDict, arguments: FrozenConfigDict, ema_decay: float | N
       2021); the average is the result.
     - ``pais``: the student on what its moving average finds, each label weighed by its quality (Hu et al., 2023).
     - ``guided_distillation`` (Berrada et al., 2024): a teacher of the student's own kind learns the labels, the student
-      first what that one finds ("burn-in"), then what its own moving average finds.
+      first what that one finds ("burn-in", with stored labels as CAST's), then what its own moving average finds.
     - ``kd_unlabelled``, ``kd``: the student on the adapted teacher's pseudo-labels alone (Vemulapalli et al., 2024), or
       with the labels; as ``cast`` without the student's contrast.
 
@@ -284,6 +287,7 @@ def system(config: ConfigDict, arguments: FrozenConfigDict, ema_decay: float | N
         steps[step].train.ema_decay = decay if ema_decay is None else ema_decay
         if start:
             steps[step].update({"start": start, "start_parts": ()})
+            steps[step].train.ema_warmup = False  # what it starts from is the labeller
 
     pipeline: tuple[str, ...]
     adapted = ("finetune", "pseudo_label/finetuned", "adapt", "pseudo_label/adapted", "distill")
@@ -305,8 +309,11 @@ def system(config: ConfigDict, arguments: FrozenConfigDict, ema_decay: float | N
         steps.burn_in = steps.distill.copy_and_resolve_references()
         steps.burn_in.pseudo_labels = "finetuned"
         steps.burn_in.train.steps = steps.distill.train.steps // 2  # (chosen)
+        steps.burn_in.objective.pseudo_label_views = ("strong",)
         steps.distill.train.steps -= steps.burn_in.train.steps
         learn_online("distill", 0.9996, "burn_in", class_threshold=0.7)  # Guided Distillation
+        for step in ("burn_in", "distill"):
+            steps[step].objective.pseudo_label_weight = 2.0  # Guided Distillation
     else:
         pipeline = adapted
         if name == "kd_unlabelled":
@@ -319,8 +326,9 @@ def system(config: ConfigDict, arguments: FrozenConfigDict, ema_decay: float | N
 
 
 def _require_step(config: ConfigDict, name: str) -> None:
-    """The steps that mean something else in another system must be the system's."""
-    if config.step in {"adapt", "burn_in", "distill"} - set(config.pipeline):
+    """The steps that mean something else in another system must be the system's; ``refine`` follows any ``distill``."""
+    missing = {"adapt", "burn_in", "distill"} - set(config.pipeline)
+    if config.step in missing or (config.step == "refine" and "distill" in missing):
         raise ValueError(f"system={name} has no step {config.step!r}; it is {', '.join(config.pipeline)}")
 
 

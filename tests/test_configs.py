@@ -186,7 +186,8 @@ def online(step: str, decay: float, **labels: Any) -> dict[str, Any]:
 
 
 def started(step: str, start: str) -> dict[str, Any]:
-    return {f"{step}.start": start} | ({f"{step}.start_parts": ()} if step == "distill" else {})
+    from_all = {f"{step}.start_parts": ()} if step == "distill" else {}
+    return {f"{step}.start": start, f"{step}.train.ema_warmup": False} | from_all
 
 
 # Of each system the steps after pretraining, and all that differs from CAST's steps at full size: the values are those
@@ -210,7 +211,7 @@ SYSTEMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         PLAIN
         | online("distill", 0.9996, class_threshold=0.7)
         | started("distill", "burn_in")
-        | {"distill.train.steps": 45_000},
+        | {"distill.train.steps": 45_000, "distill.objective.pseudo_label_weight": 2.0},
     ),
     "kd": (ADAPTED, {"distill.objective.contrastive_weight": 0.0}),
     "kd_unlabelled": (
@@ -235,7 +236,9 @@ def test_what_the_systems_change(system):
     steps, known = config.pop("steps"), of_cast.pop("steps")
     if system == "guided_distillation":
         assert steps.pop("finetune") == known.pop("finetune") | known["student_supervised"]
-        burn_in = {"pseudo_labels": "finetuned", "objective.contrastive_weight": 0.0, "train.steps": 45_000}
+        burn_in = {"pseudo_label_weight": 2.0, "pseudo_label_views": ("strong",), "contrastive_weight": 0.0}
+        burn_in = {f"objective.{key}": value for key, value in burn_in.items()}
+        burn_in |= {"pseudo_labels": "finetuned", "train.steps": 45_000}
         assert changed(steps.pop("burn_in"), known["distill"]) == burn_in
     assert changed(steps, known) == wanted
     assert set(changed(config, of_cast)) <= {"pipeline"}
@@ -259,11 +262,20 @@ def test_the_systems_that_cast_is_compared_with(file, system):
                 assert labels.max_iou == run.pseudo_labels.max_iou
                 assert labels.min_area == run.loader_config(name).view.min_area == config.data.view.min_area
                 assert (run.steps[name].train.ema_decay == 0.99) == (file in ("demo", "nuclei") and not smoke)
-        for step in {"adapt", "burn_in", "distill"} - set(pipeline):
+        missing = {"adapt", "burn_in", "distill"} - set(pipeline)
+        for step in missing | ({"refine"} if "distill" in missing else set()):
             with pytest.raises(ValueError, match=rf"system={system} has no step '{step}'; it is "):
                 get_config(file, f"{step},system={system}{smoke}")
     with pytest.raises(ValueError, match=r"system=cast has no step 'burn_in'"):
         get_config(file, "burn_in")
+
+
+def test_labels_made_during_training_are_as_small_as_the_step_s_own_views_keep():
+    config = get_config("cityscapes", "cast,system=pais").to_dict()
+    config["steps"]["distill"]["data"]["view"] = {"min_area": 3}
+    labels = build(RunConfig, config, "config").online_labels("distill")
+    assert labels is not None
+    assert labels.min_area == 3
 
 
 def test_nothing_is_pretrained_that_nothing_starts_from():
@@ -287,6 +299,7 @@ def test_labels_made_during_training_at_full_size():
         ("distil", r"unknown step 'distil'; known steps: cast, pretrain, finetune, pseudo_label"),
         ("", r"unknown step ''"),
         ("distill,sead=1", r"unknown config argument 'sead'; known: seed, smoke"),
+        ("distill,system=kd,system=pais", r"config argument system is given twice"),
         ("distill,seed=one", r"config argument seed='one' must be of type int"),
         ("distill,seed", r"config argument seed='' must be of type int"),
         ("distill,smoke=maybe", r"config argument smoke='maybe' must be true or false"),
@@ -351,6 +364,14 @@ def test_arguments_have_types():
         ),
         (lambda c: c["steps"]["refine"]["data"].update(seed=3), r"refine\.data\.seed follows from config\.seed"),
         (lambda c: c["steps"]["refine"]["objective"].update(pseudo_label_weight=1.0), "which needs pseudo_labels"),
+        (
+            lambda c: c["steps"]["refine"].update(pseudo_labels="adapted"),
+            r"config\.steps\.refine: no term of the objective reads unlabelled images: set pseudo_label_weight",
+        ),
+        (
+            lambda c: c["steps"]["finetune"]["data"].update(batch_unlabelled=4),
+            r"config\.steps\.finetune: no term of the objective reads unlabelled images",
+        ),
         (
             lambda c: c["steps"]["adapt"].update(pseudo_labels="online"),
             r"config\.steps\.adapt: .*made by a moving average: set train\.ema_decay",

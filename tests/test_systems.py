@@ -18,7 +18,7 @@ def test_guided_distillation(tmp_path):
     updates = [line for line in lines if "loss/pseudo_label" in line]
     assert len(updates) == 2
     for line in updates:
-        assert line["loss/pseudo_label"] > 0
+        assert line["loss/pseudo_label_mask"] > 0
         assert line["pseudo_labels/per_image"] > 0
         assert "contrastive/loss" not in line
     assert json.loads((tmp_path / "burn_in" / "pseudo_labels.json").read_text())["pseudo_labels"] == "finetuned"

@@ -211,10 +211,11 @@ def make_optimizer(config: OptimizerConfig, params: Any, steps: int) -> Optimize
     )
 
 
-def ema_update(average: Any, params: Any, decay: float, step: Int[Array, ""]) -> Any:
-    """Exponential moving average of parameters, with UniMatch's warmup: decay = min(decay, 1 - 1 / (step + 1)).
+def ema_update(average: Any, params: Any, decay: float, step: Int[Array, ""], *, warmup: bool = True) -> Any:
+    """Exponential moving average of parameters.
 
-    ``step`` counts from 0, so the first update copies ``params`` and early ones are plain means.
+    ``warmup`` is UniMatch's: decay = min(decay, 1 - 1 / (step + 1)). ``step`` counts from 0, so the first update copies
+    ``params`` and early ones are plain means. Without it the average goes on from what it starts with.
     """
-    kept = jnp.minimum(decay, 1.0 - 1.0 / (step + 1.0))
+    kept = jnp.minimum(decay, 1.0 - 1.0 / (step + 1.0)) if warmup else decay
     return jax.tree.map(lambda old, new: (kept * old + (1.0 - kept) * new).astype(new.dtype), average, params)

@@ -64,7 +64,7 @@ class TrainStep:
 
     Args:
       steps: length of the run, for the schedule.
-      ema_decay: see :func:`cast_jax.core.optim.ema_update`; None keeps no average.
+      ema_decay, ema_warmup: see :func:`cast_jax.core.optim.ema_update`; without a decay no average is kept.
       accumulate: micro-batches that a batch is split into, see :func:`cast_jax.core.sharding.micro_batches`. Loss,
         gradients and metrics are their means; only one's activations are in memory.
       seed: of the initial parameters and of every update's key, ``fold_in(key, state.step)``.
@@ -83,10 +83,12 @@ class TrainStep:
         mesh: Mesh,
         rules: Sequence[tuple[str, Any]] = RULES,
         ema_decay: float | None = None,
+        ema_warmup: bool = True,
         accumulate: int = 1,
         seed: int = 0,
     ) -> None:
-        self.recipe, self.mesh, self.ema_decay, self.accumulate = recipe, mesh, ema_decay, accumulate
+        self.recipe, self.mesh, self.accumulate = recipe, mesh, accumulate
+        self.ema_decay, self.ema_warmup = ema_decay, ema_warmup
         self._init_key, self._step_key = jax.random.split(jax.random.key(seed))
         self._params = jax.eval_shape(recipe.init, self._init_key)
         self.optimizer = make_optimizer(optimizer, self._params, steps)
@@ -158,7 +160,9 @@ class TrainStep:
         loss, metrics, aux, gradients = gradients_of(state.params, frozen | own, batch, key)
         with jax.named_scope("optimizer"):
             params, opt_state, norm = self.optimizer.apply(gradients, state.opt_state, state.params, state.step)
-            ema = state.ema if self.ema_decay is None else ema_update(state.ema, params, self.ema_decay, state.step)
+            ema = state.ema
+            if self.ema_decay is not None:
+                ema = ema_update(ema, params, self.ema_decay, state.step, warmup=self.ema_warmup)
         new = TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, bank=state.bank)
         post_update = getattr(self.recipe, "post_update", None)
         new = new if post_update is None else post_update(new, aux)

@@ -56,7 +56,8 @@ def label_views(
 ) -> Batch:
     """``group`` with what is found in its weak view as the labels of ``views``, in the same slots.
 
-    These views get ``class_weights`` and ``mask_weights`` [images, slots] and ``background_weights`` [images] besides.
+    These views get ``class_weights`` and ``mask_weights`` [images, slots] and ``background_weights`` [images] besides,
+    and the group counts as ``instances_cut`` what is found and has no slot.
 
     Args:
       prediction: of the weak view's images; no gradient flows through the labels.
@@ -72,9 +73,12 @@ def label_views(
     grid = (found.mask_logits.shape[2], found.mask_logits.shape[3])
     centres = scale_positions(pixel_centres(*grid), grid, size)
     real = jax.vmap(inside_box, (0, None))(weak["valid_box"], centres).reshape(-1, 1, *grid)
-    without = functools.partial(without_duplicates, max_iou=config.max_iou)
-    kept = jax.vmap(without)((found.mask_logits > 0) & real, kept)
-    best = jnp.argsort(~kept, axis=1, stable=True)[:, :slots]
+    masks = (found.mask_logits > 0) & real
+    kept = jax.vmap(functools.partial(without_duplicates, max_iou=config.max_iou))(masks, kept)
+    pixels = size[0] * size[1] / (grid[0] * grid[1])  # of the image under one of the grid
+    speck = jnp.sum(masks, axis=(2, 3)) * pixels < config.min_area
+    cut = jnp.maximum(jnp.sum(kept & ~speck, axis=1, dtype=jnp.int32) - slots, 0)
+    best = jnp.argsort(jnp.where(kept, speck, 2), axis=1, stable=True)[:, :slots]
     in_slots = lambda values: jnp.take_along_axis(values, best.reshape(*best.shape, *(1,) * (values.ndim - 2)), axis=1)
     found, probability, kept = jax.tree.map(in_slots, (found, probability, kept))
 
@@ -92,7 +96,7 @@ def label_views(
     # Bounded and read bilinearly, as predictions are (``cast_jax.predict.mask_at_original``).
     logits = jnp.moveaxis(jnp.clip(found.mask_logits, -SATURATION, SATURATION), 1, -1)
     to_weak = group["strong_to_weak"]
-    labelled = dict(group)
+    labelled = {**group, "instances_cut": cut}
     for name in views:
         view, matrix = group[name], to_weak if name == "strong" else jnp.broadcast_to(jnp.eye(2, 3), to_weak.shape)
         boxes = {"valid_box_strong": view["valid_box"], "valid_box_weak": weak["valid_box"]}

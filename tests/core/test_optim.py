@@ -192,6 +192,11 @@ def test_moving_average_starts_as_the_mean_and_ends_at_its_decay():
     np.testing.assert_allclose(late["w"], 1.1, rtol=1e-6)
 
 
+def test_a_moving_average_without_warmup_goes_on_from_what_it_starts_with():
+    average = ema_update({"w": jnp.asarray(100.0)}, {"w": jnp.asarray(0.0)}, 0.9, jnp.asarray(0), warmup=False)
+    np.testing.assert_allclose(average["w"], 90.0, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("scaling", "rate"), [("none", 0.1), ("sqrt", 0.1 * 6**0.5), ("linear", 0.6)])
 def test_the_rate_is_scaled_by_the_batch(scaling, rate):
     config = OptimizerConfig(learning_rate=0.1, learning_rate_scaling=scaling, reference_batch=4)

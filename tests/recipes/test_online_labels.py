@@ -215,6 +215,26 @@ def test_bounded_logits_keep_small_objects():
     assert np.asarray(unpack_masks(found["weak"]["masks"], SIZE[1])).sum() >= 32
 
 
+def test_slots_are_for_what_is_seen_and_the_rest_is_counted():
+    """Four slots; four specks that are the surest, and six objects."""
+    logits = np.full((1, 10, *(side // 4 for side in SIZE)), -9.0)
+    for number in range(10):
+        if number < 4:
+            logits[0, number, 0, 2 * number] = 9.0
+        else:
+            logits[0, number, number - 2, 1:] = 9.0
+    classes = np.full((1, 10, CLASSES + 1), 0.01)
+    classes[0, :, 0] = 0.97
+    quality = np.where(np.arange(10) < 4, 0.9, 0.8)[None]
+    prediction = Prediction(jnp.asarray(logits), jnp.log(jnp.asarray(classes)), None, None, jnp.asarray(quality))
+    unlabelled = group(1, 0)
+    slots = unlabelled["weak"]["labels"].shape[1]
+    found = label_views(prediction, unlabelled, dataclasses.replace(MADE, min_area=17))
+    assert int(np.sum(found["weak"]["instance_valid"])) == min(slots, 6)
+    assert found["instances_cut"].tolist() == [max(6 - slots, 0)]
+    assert slots < 6
+
+
 def test_weights_reach_the_criterion_s_targets():
     prediction, unlabelled = stripes(np.array([[0.5, 0.9, 0.8, 0.95]], np.float32))
     view = label_views(prediction, unlabelled, dataclasses.replace(MADE, weighting="quality"))["strong"]
