@@ -23,9 +23,8 @@ from jax.sharding import Mesh
 from cast_jax.check_data import check_data
 from cast_jax.core import distributed
 from cast_jax.core.annotations import Category, Detections, Instances
-from cast_jax.core.config import build, differences, to_json
-from cast_jax.core.errors import UserError
-from cast_jax.core.files import atomic_write, only_writer, read_json, remove_temporaries, write_json
+from cast_jax.core.config import build, to_json
+from cast_jax.core.files import atomic_write, only_writer, remove_temporaries, write_json
 from cast_jax.core.logging import environment
 from cast_jax.core.sharding import make_mesh, param_shardings, place, shard_batch
 from cast_jax.data.checks import SeenImages, check_sources
@@ -43,7 +42,7 @@ from cast_jax.evaluation import cityscapes
 from cast_jax.evaluation.audit import audit, calibration_figure, tenths_from
 from cast_jax.evaluation.coco_map import MaskAPEvaluator
 from cast_jax.export import load_weights, merge_weights, save_weights, weights_hash
-from cast_jax.labelling import Predict, label_images
+from cast_jax.labelling import Predict, label_images, record_labels, warn_of_other_labels
 from cast_jax.models.functional import Functional, Params, count_parameters
 from cast_jax.predict import Predictor
 from cast_jax.preflight import (
@@ -195,6 +194,7 @@ class Pipeline:
         folder, step = self.workdir / name, self.config.steps[name]
         if distributed.agreed(bool(finished(folder) and result(self.workdir, name).exists())):
             logger.info("%s: finished already", name)
+            warn_of_other_labels(folder, self.workdir / "pseudo_labels" / step.pseudo_labels)
             return
         starts = starting_weights(self.config, name, self.workdir)
         labelled = self.datasets.pretrain if step.source == "pretrain" else self.datasets.labelled
@@ -260,19 +260,8 @@ class Pipeline:
         if which in ("", "online"):
             return self.datasets.unlabelled
         store = PseudoLabels.open(self.workdir / "pseudo_labels" / which)
-        self._record_labels(self.workdir / name / "pseudo_labels.json", store)
+        record_labels(self.workdir / name, store)
         return PseudoLabelled(self.datasets.unlabelled, store, self.categories)
-
-    def _record_labels(self, path: Path, store: PseudoLabels) -> None:
-        """Writes which labels a step is trained on; it may not go on with others (reviewed in between)."""
-        used = {"pseudo_labels": store.folder.name, **store.identity()}
-        if not path.exists():
-            write_json(path, used)
-        elif lines := differences(read_json(path), used, store.folder.name):
-            raise UserError(
-                f"{path.parent} began with other pseudo-labels; delete it to train on these. They differ in\n  "
-                + "\n  ".join(lines)
-            )
 
     def _export(self, params: Params, role: str, folder: Path, which: str) -> None:
         model = {"model": to_json(self.config.model[role]), "image_size": list(self.config.data.image_size)}
@@ -424,7 +413,8 @@ class Pipeline:
     def summarise(self) -> dict[str, Any]:
         """Writes ``summary.json`` and ``report.html``, copies the final evaluation up, and logs the table."""
         steps = {}
-        order = ["zero_shot", *(name for name in self.config.pipeline if name in self.config.steps)]
+        trained = [name for name in self.config.pipeline if name in self.config.steps]
+        order = ["zero_shot", *trained, *(name for name in reversed(EVALUATED) if name not in trained)]
         for name in order:
             done = finished(self.workdir / name)
             if done is not None:

@@ -106,7 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("images", metavar="IMAGES")
     parser.add_argument("output", metavar="OUTPUT", type=Path)
     parser.add_argument("--min-score", type=float, default=0.3, help="drop masks with a lower score (%(default)s)")
-    parser.add_argument("--max-iou", type=float, default=0.5, help="of masks that overlap by more, keep the better one")
+    parser.add_argument(
+        "--max-iou",
+        type=float,
+        default=0.5,
+        help="of masks that overlap by more (IoU), keep the better one (%(default)s)",
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="images at a time (%(default)s)")
     parser.add_argument("--pictures", type=int, default=8, help="images drawn with their masks (%(default)s)")
     parser.add_argument("--polygons", action="store_true", help="outlines instead of run lengths")
@@ -116,6 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not low <= (value := getattr(options, name)) <= high:
             parser.error(f"--{name.replace('_', '-')} is {value}; it must lie between {low} and {high}")
     keep = ("min_score", "max_iou", "batch_size", "pictures", "polygons")
+    folder = Path(options.images)
+    if folder.is_dir() and options.output.resolve().is_relative_to(folder.resolve()):
+        parser.error(f"OUTPUT {options.output} lies in IMAGES {folder}: its pictures would be taken for images")
     try:
         setup()
         setup_logging()
@@ -125,6 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{found['instances']} masks in {found['images']} images: {options.output / PREDICTIONS}")
+    if not found["instances"]:
+        print(f"nothing reached --min-score {options.min_score}: try a lower one")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cast_jax.core.errors import UserError
-from cast_jax.core.files import read_json, write_json
+from cast_jax.core.files import read_json, write_new_json
 from cast_jax.data.sources.ade20k import CATEGORIES, Ade20k
 from cast_jax.data.sources.base import Source
 from cast_jax.data.sources.cityscapes import SUFFIXES, Cityscapes
@@ -46,7 +46,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=("cityscapes", "ade20k", "coco"))
     parser.add_argument("path", help="the data set's folder, or a COCO JSON")
-    parser.add_argument("--output", type=Path, default=Path("splits"), help="folder for the files (%(default)s)")
+    output = "folder for the files; others of the same name there are left alone (%(default)s)"
+    parser.add_argument("--output", type=Path, default=Path("splits"), help=output)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a split for each (%(default)s)")
     parser.add_argument("--percent", type=float, nargs="+", help="labelled shares (5 10 20 30)")
     parser.add_argument("--val-percent", type=float, help="coco: hold out this share for validation")
@@ -98,7 +99,7 @@ def _hold_out(options: argparse.Namespace) -> None:
         path = options.output / f"{Path(options.path).stem}_{part}.json"
         images = [entry for entry in content["images"] if entry["id"] in kept]
         annotations = [entry for entry in content["annotations"] if entry.get("image_id") in kept]
-        write_json(path, {**content, "images": images, "annotations": annotations})
+        write_new_json(path, {**content, "images": images, "annotations": annotations})
         print(f"{path}: {len(images)} images, {len(annotations)} annotations; their folder is {source.root}")
 
 

@@ -4,7 +4,7 @@ python scripts/run_seeds.py --config configs/demo.py:cast --workdir runs/seeds -
 
 Each seed has its own folder ``<workdir>/seed<k>``; seeds that are finished are not run again. ``{seed}`` in what is
 passed on becomes the seed (``--config.data.split=splits/all_5_percent_seed{seed}.json``). Writes
-``<workdir>/seeds.json`` and ``seeds.txt``.
+``<workdir>/seeds.json`` and ``seeds.txt``; with --parallel each seed's messages are in ``<workdir>/seed<k>.out``.
 """
 
 from __future__ import annotations
@@ -33,12 +33,19 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=1, help="seeds at a time; each gets its share of the cores")
     parser.add_argument("overrides", nargs="*", help="passed on, e.g. --config.data.root=PATH (after --)")
     options = parser.parse_args()
+    if len(set(options.seeds)) < len(options.seeds):
+        parser.error(f"--seeds {options.seeds} names one twice")
+    if ",seed=" in options.config:
+        parser.error("--config says seed=, which --seeds does")
     with ThreadPoolExecutor(options.parallel) as pool:
         codes = list(pool.map(lambda seed: _run(seed, options), options.seeds))
-    if any(codes):
-        sys.exit(
-            f"error: seeds {[s for s, code in zip(options.seeds, codes, strict=True) if code]} failed; see log.txt"
+    if failed := [seed for seed, code in zip(options.seeds, codes, strict=True) if code]:
+        logs = (
+            ", ".join(str(_output(options, seed)) for seed in failed) if options.parallel > 1 else "what they say above"
         )
+        sys.exit(f"error: seeds {failed} failed; see {logs}")
+    if missing := [seed for seed in options.seeds if not (_folder(options, seed) / "summary.json").exists()]:
+        sys.exit(f"error: seeds {missing} left no summary: {options.config} trains and evaluates nothing")
     summaries = [json.loads((_folder(options, seed) / "summary.json").read_text())["steps"] for seed in options.seeds]
     table = aggregate(summaries)
     write_json(options.workdir / "seeds.json", {"seeds": options.seeds, "steps": table})
@@ -85,9 +92,20 @@ def _run(seed: int, options: argparse.Namespace) -> int:
     if options.parallel == 1:
         return subprocess.run(command, check=False).returncode
     cores = _cores(options.seeds.index(seed), options.parallel)
-    return subprocess.run(
-        command, check=False, stderr=subprocess.DEVNULL, preexec_fn=lambda: os.sched_setaffinity(0, cores)
-    ).returncode
+    options.workdir.mkdir(parents=True, exist_ok=True)
+    with _output(options, seed).open("ab") as output:
+        return subprocess.run(
+            command,
+            check=False,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        ).returncode
+
+
+def _output(options: argparse.Namespace, seed: int) -> Path:
+    """What a seed says that runs beside others."""
+    return options.workdir / f"seed{seed}.out"
 
 
 def _cores(position: int, parallel: int) -> list[int]:

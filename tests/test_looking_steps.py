@@ -83,7 +83,7 @@ def truth_as_detections(truth):
     return Detections(truth.labels, ones, ones, [encode_mask(mask) for mask in truth.masks])
 
 
-def test_a_step_records_its_pseudo_labels_and_goes_on_with_no_others(workdir, tmp_path):
+def test_a_step_records_its_pseudo_labels_and_goes_on_with_no_others(workdir, tmp_path, caplog):
     made = Pipeline(config("adapt"), tmp_path)
     folder, pool = tmp_path / "pseudo_labels" / "finetuned", made.datasets.unlabelled
     writer = PseudoLabelWriter(folder, pool, made.categories, "abc", threshold=0.0)
@@ -98,6 +98,12 @@ def test_a_step_records_its_pseudo_labels_and_goes_on_with_no_others(workdir, tm
     content["annotations"] = content["annotations"][1:]
     write_json(tmp_path / "labels.json", content)
     import_labels(folder, tmp_path / "labels.json")
+    (tmp_path / "adapt" / "exported").mkdir()
+    (tmp_path / "adapt" / "exported" / "last.safetensors").touch()
+    write_json(tmp_path / "adapt" / "done.json", {"step": 1})
+    made.train("adapt")
+    assert "adapt was trained on other pseudo-labels than" in caplog.text
+    (tmp_path / "adapt" / "done.json").unlink()
     with pytest.raises(UserError, match=r"(?s)began with other pseudo-labels; delete it.*finetuned\.reviewed: '' -> '"):
         made._unlabelled("adapt")
     shutil.rmtree(tmp_path / "adapt")

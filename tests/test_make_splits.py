@@ -229,3 +229,16 @@ def test_faults_are_one_message(coco, tmp_path):
         done = call(*arguments, "--output", tmp_path / "out")
         assert (done.returncode, done.stderr.count("\n"), done.stdout) == (1, 1, "")
         assert message in done.stderr
+
+
+def test_another_data_set_s_split_is_left_alone(coco, tmp_path):
+    arguments = ("coco", coco, "--output", tmp_path / "splits")
+    assert call(*arguments, "--percent", 25).returncode == 0
+    (path,) = (tmp_path / "splits").iterdir()
+    assert call(*arguments, "--percent", 25).returncode == 0  # the same again
+    before = path.read_text().replace('"labelled"', '"unlabelled"', 1)
+    path.write_text(before)
+    found = call(*arguments, "--percent", 25)
+    assert found.returncode == 1
+    assert f"{path}: is there already, with other content" in found.stderr
+    assert path.read_text() == before

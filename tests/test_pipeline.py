@@ -43,6 +43,15 @@ def test_every_step_is_in_the_summary(run):
     assert f"<b>{steps['refine']['mask_ap']:.1f}</b><span>mask AP (%), refine</span>" in report
 
 
+def test_a_step_that_the_pipeline_leaves_out_is_in_the_summary_too(run, tmp_path):
+    settings = config()
+    settings["pipeline"] = ("finetune",)
+    for name in ("student_supervised", "refine"):
+        (tmp_path / name).mkdir()
+        shutil.copy(run / name / "done.json", tmp_path / name)
+    assert list(pipeline.Pipeline(settings, tmp_path).summarise()["steps"]) == ["student_supervised", "refine"]
+
+
 def test_the_workdir_is_what_the_readme_says(run):
     files = [
         "config.json",

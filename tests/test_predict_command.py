@@ -55,6 +55,19 @@ def test_masks_of_a_folder_become_a_coco_json(inputs, tmp_path, capsys):
         main([*inputs, "--min-score", "0.9"])
 
 
+def test_what_is_drawn_does_not_lie_among_the_images(inputs, capsys):
+    weights, images, _ = inputs
+    for output in (images, f"{images}/out", f"{images}/../images/b"):
+        with pytest.raises(SystemExit):
+            main([weights, images, output])
+        assert "its pictures would be taken for images" in capsys.readouterr().err
+
+
+def test_that_nothing_reached_the_threshold_is_said(inputs, capsys):
+    main([*inputs, "--min-score", "1"])
+    assert "nothing reached --min-score 1.0" in capsys.readouterr().out
+
+
 def test_what_is_wrong_is_said_in_a_line(inputs, tmp_path):
     weights, images, output = inputs
     config = tmp_path / "run" / "exported" / "config.json"

@@ -37,3 +37,30 @@ def test_every_seed_has_its_own_folder_and_split(script):
         "runs/seeds/seed2",
         "--config.data.split=splits/a_seed2.json",
     ]
+
+
+def call(script, monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr("sys.argv", ["run_seeds.py", *map(str, arguments)])
+    script.main()
+
+
+def test_seeds_that_run_together_leave_what_they_say(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        script, "command_of", lambda seed, options: ["sh", "-c", f"echo no such {seed} >&2; exit {seed}"]
+    )
+    with pytest.raises(SystemExit, match=rf"seeds \[1\] failed; see {tmp_path / 'seed1.out'}"):
+        call(script, monkeypatch, "--config", "c.py:cast", "--workdir", tmp_path, "--seeds", 0, 1, "--parallel", 2)
+    assert (tmp_path / "seed1.out").read_text() == "no such 1\n"
+
+
+def test_what_has_no_table_is_said(script, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(script, "command_of", lambda seed, options: ["true"])
+    with pytest.raises(SystemExit, match=r"seeds \[3\] left no summary: c\.py:check_data trains"):
+        call(script, monkeypatch, "--config", "c.py:check_data", "--workdir", tmp_path, "--seeds", 3)
+    for arguments, message in (
+        (("c.py:cast", 1, 1), "names one twice"),
+        (("c.py:cast,seed=3", 1, 2), "--config says seed="),
+    ):
+        with pytest.raises(SystemExit):
+            call(script, monkeypatch, "--config", arguments[0], "--workdir", tmp_path, "--seeds", *arguments[1:])
+        assert message in capsys.readouterr().err

@@ -79,6 +79,13 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     atomic_write(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
 
 
+def write_new_json(path: str | os.PathLike[str], content: Any) -> None:
+    """As :func:`write_json`, but a file with other content stays as it is. Raises :class:`UserError` then."""
+    if Path(path).exists() and json.loads(json.dumps(content)) != read_json(path):
+        raise UserError(f"{path}: is there already, with other content; name another folder, or delete it")
+    write_json(path, content)
+
+
 def read_json(path: str | os.PathLike[str], hint: str = "") -> Any:
     """Reads a JSON file written by :func:`write_json`.
 

@@ -170,7 +170,7 @@ def check_source(
         listed = "\n  ".join(faults[:10])
         raise DataError(
             f"the {name} source has {len(faults)} unreadable images of {total}:\n  {listed}\n"
-            "mend or remove them, or set on_unreadable to 'skip'"
+            "mend or remove them, or leave them out (--config.data.on_unreadable=skip; cast-predict: --skip-unreadable)"
         )
     if not len(usable):
         raise DataError(f"the {name} source has no readable image among {total}; the first: {faults[0]}")

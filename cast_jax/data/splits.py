@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cast_jax.core.errors import DataError
-from cast_jax.core.files import write_json
+from cast_jax.core.files import write_new_json
 from cast_jax.data.sources.base import name_some, read_list
 
 FORMAT = {"format": "cast_jax split", "version": 1}
@@ -35,8 +35,8 @@ class Split:
 
 
 def write_split(path: str | os.PathLike[str], split: Split, about: dict[str, Any]) -> None:
-    """Writes a split file; ``about`` says how it was made (data set, seed, share)."""
-    write_json(path, {**FORMAT, **about, "labelled": split.labelled, "unlabelled": split.unlabelled})
+    """Writes a split file; ``about`` says how it was made (data set, seed, share). Raises where another one is."""
+    write_new_json(path, {**FORMAT, **about, "labelled": split.labelled, "unlabelled": split.unlabelled})
 
 
 def read_split(path: str | os.PathLike[str]) -> Split:

@@ -123,7 +123,7 @@ class Coco:
             listed = "\n  ".join(faults[:10])
             raise DataError(
                 f"{self.annotations}: {len(faults)} of {len(entries)} annotations are faulty:\n  {listed}\n"
-                "mend them, or leave them out with on_unreadable='skip'"
+                "mend them, or leave them out (in a run: --config.data.on_unreadable=skip)"
             )
         if faults:
             _LOG.warning("%d faulty annotations are left out: %s", len(faults), name_some(faults, 3))
@@ -204,7 +204,10 @@ def require_same_categories(expected: Sequence[Category], found: Sequence[Catego
     both = sorted(wanted.keys() & given.keys())
     differences += [f"{i} is {given[i]!r}, not {wanted[i]!r}" for i in both if given[i] != wanted[i]]
     if differences:
-        raise DataError(f"{where}: categories differ from the labelled set's: {name_some(differences, 20)}")
+        raise DataError(
+            f"{where}: categories differ from the labelled set's: {name_some(differences, 20)}; make the two files' "
+            '"categories" the same (a category may be listed without annotations)'
+        )
 
 
 def read_annotations(path: Path) -> dict[str, Any]:
