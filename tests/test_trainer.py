@@ -125,6 +125,19 @@ def test_the_average_is_evaluated_and_returned_on_request(tmp_path):
     assert digest(averaged) != digest(plain)
 
 
+def test_the_average_goes_on_from_the_start_or_begins_with_the_first_update(tmp_path):
+    start = np.full((DIMENSION, 1), 7.0, np.float32)
+    found = {}
+    for name, changes in {"kept": {"ema_warmup": False}, "new": {}, "plain": {"evaluate_ema": False}}.items():
+        config = toy_config(1, **({"evaluate_ema": True} | changes))
+        given = {"head": {"kernel": start.copy(), "bias": np.zeros(1, np.float32)}}
+        arguments = {"folder": tmp_path / name, "loader": ToyLoader(), "init_params": given}
+        found[name] = np.asarray(train(Regression(), config=config, **arguments).params["head"]["kernel"])
+    np.testing.assert_allclose(found["new"], found["plain"])
+    np.testing.assert_allclose(found["kept"], 0.9 * start + 0.1 * found["plain"], rtol=1e-6)
+    assert np.abs(found["plain"] - start).min() > 0.01
+
+
 def test_an_interrupted_evaluation_is_made_up_for(tmp_path):
     class PowerCutError(Exception):
         pass
