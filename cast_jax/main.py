@@ -80,7 +80,9 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
     """The entry point."""
-    sys.path.insert(0, str(Path.cwd()))  # configuration files import configs/common.py
+    # Configuration files import configs/common.py: from here, or from where they lie themselves.
+    files = [argument.removeprefix("--config=").partition(".py")[0] for argument in sys.argv[1:] if ".py" in argument]
+    sys.path[:0] = [str(Path.cwd()), *(str(Path(file).resolve().parents[1]) for file in files)]
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)
 

@@ -44,6 +44,14 @@ def test_help():
     assert "--workdir: Folder of the run" in result.stdout
 
 
+def test_a_configuration_is_read_from_any_folder_and_what_it_names_is_named(tmp_path):
+    given = ("--config.data.labelled=gone.json", "--config.data.val=v.json", "--config.data.unlabelled=u")
+    command = [sys.executable, "-m", "cast_jax.main", "--config", f"{ROOT}/configs/coco.py:cast,smoke", *given]
+    result = subprocess.run([*command, "--workdir", "run"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1] == "error: config.data.labelled: gone.json: no such annotation file"
+
+
 def test_what_a_configuration_leaves_unsaid_can_be_set():
     config = demo.get_config("cast,smoke")
     step = config.steps.distill

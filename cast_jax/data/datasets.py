@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,26 @@ def _coco(data: Mapping[str, Any], workdir: Path) -> Datasets:
             raise DataError(f"config.data.{key} is not set; give {what}: --config.data.{key}=PATH")
     folders = {key: data[f"{key}_images"] if data.get(f"{key}_images") else None for key in ("labelled", "val")}
     on_fault = data.get("on_unreadable", "error")
-    whole = Coco(paths["labelled"], images=folders["labelled"], on_fault=on_fault)
-    val = Coco(paths["val"], images=folders["val"], categories=whole.categories, on_fault=on_fault)
-    unlabelled = ImageFolder(paths["unlabelled"]) if paths["unlabelled"] else None
+    with _named("labelled"):
+        whole = Coco(paths["labelled"], images=folders["labelled"], on_fault=on_fault)
+    with _named("val"):
+        val = Coco(paths["val"], images=folders["val"], categories=whole.categories, on_fault=on_fault)
+    with _named("unlabelled"):
+        unlabelled = ImageFolder(paths["unlabelled"]) if paths["unlabelled"] else None
     if not data.get("split"):
         assert unlabelled is not None
         return Datasets(whole, unlabelled, val)
     labelled, rest = _divided(whole, data["split"])
     return Datasets(Subset(whole, labelled), unlabelled or Unlabelled(whole, rest), val)
+
+
+@contextlib.contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Faults begin with the key of ``config.data`` that names the files."""
+    try:
+        yield
+    except DataError as fault:
+        raise DataError(f"config.data.{key}: {fault}") from fault
 
 
 def _nuclei(data: Mapping[str, Any], workdir: Path) -> Datasets:
