@@ -21,7 +21,7 @@ class Progress:
     Args:
       name: shown in front.
       total: steps of the whole run.
-      start: steps already done by an earlier run; the ETA leaves them out.
+      start: steps already done by an earlier run; the ETA leaves them out, and the first of this one, which compiles.
       every: seconds between plain lines.
       terminal: draw a bar; None asks whether standard error is a terminal.
     """
@@ -29,8 +29,10 @@ class Progress:
     def __init__(
         self, name: str, total: int, *, start: int = 0, every: float = 15.0, terminal: bool | None = None
     ) -> None:
-        self.name, self.total, self.start, self.every = name, total, start, every
-        self._first = self._last = time.monotonic()
+        self.name, self.total, self.every = name, total, every
+        self._last = time.monotonic()
+        self._since: float | None = None  # when the first step here was done
+        self._known = start
         self._values: dict[str, float] = {}
         terminal = sys.stderr.isatty() if terminal is None else terminal
         self._silent = not is_first()
@@ -55,16 +57,20 @@ class Progress:
             self._bar.update(step - self._bar.n)
             return
         now = time.monotonic()
+        if self._since is None:
+            self._since, self._known = now, step
         if self._silent or now - self._last < self.every:
             return
         self._last = now
-        logger.info("%s", self.line(step, now - self._first))
+        logger.info("%s", self.line(step, now - self._since))
 
     def line(self, step: int, seconds: float) -> str:
-        """'distill  37 %  step 370/1000  loss 1.234  ETA 0:12:34' after ``seconds`` in this process."""
-        rest = seconds / max(step - self.start, 1) * (self.total - step)
+        """'distill  37 %  step 370/1000  loss 1.234  ETA 0:12:34' after ``seconds`` since the first step."""
         numbers = "".join(f"  {name} {value:.4g}" for name, value in self._values.items())
-        return f"{self.name}  {100 * step // self.total} %  step {step}/{self.total}{numbers}  ETA {clock(rest)}"
+        line = f"{self.name}  {100 * step // self.total} %  step {step}/{self.total}{numbers}"
+        if step == self._known:
+            return line
+        return f"{line}  ETA {clock(seconds / (step - self._known) * (self.total - step))}"
 
 
 class Stopwatch:

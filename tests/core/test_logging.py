@@ -113,7 +113,17 @@ def test_plain_lines_come_no_more_often_than_asked(caplog):
         assert not caplog.messages
         with Progress("a", 10, every=0, terminal=False) as progress:
             progress.update(5)
-        assert caplog.messages[0].startswith("a  50 %  step 5/10")
+        assert caplog.messages == ["a  50 %  step 5/10"]
+
+
+def test_what_the_first_step_took_is_not_expected_of_the_others(monkeypatch, caplog):
+    times = iter([0.0, 100.0, 102.0])
+    monkeypatch.setattr("cast_jax.core.progress.time.monotonic", lambda: next(times))
+    with caplog.at_level(logging.INFO, "cast_jax"):
+        progress = Progress("a", 10, every=0, terminal=False)
+        progress.update(1)
+        progress.update(2)
+    assert caplog.messages == ["a  10 %  step 1/10", "a  20 %  step 2/10  ETA 0:00:16"]
 
 
 def test_a_stopwatch_carries_its_seconds_over():
