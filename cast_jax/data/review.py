@@ -13,6 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
+from tqdm import tqdm
 
 from cast_jax.core.annotations import decode_mask
 from cast_jax.core.errors import DataError
@@ -36,7 +37,7 @@ def export_labels(folder: str | os.PathLike[str], polygons: bool = False) -> dic
     store = PseudoLabels.open(folder)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for number, line in enumerate(store.lines(), 1):
+    for number, line in enumerate(tqdm(store.lines(), "exporting", len(store), unit="image", disable=None), 1):
         images.append({"id": number, **{key: line[key] for key in ("file_name", "height", "width")}})
         for instance in line["instances"]:
             rle = instance["segmentation"]
@@ -143,9 +144,13 @@ def _share(entry: dict[str, Any], key: str, where: str) -> float:
 def _outlines(rle: dict[str, Any]) -> list[list[float]] | None:
     """The mask's outlines as COCO polygons (x, y in pixels), or ``None`` where they do not show it well."""
     mask = decode_mask(rle)
+    left, top, width, height = coco_mask.toBbox(rle).astype(int).tolist()
+    if not width:
+        return None
     # Contours run through the centres of the outermost pixels, so the pixels are made smaller first.
-    finer = np.kron(mask, np.ones((_FINER, _FINER), np.uint8))
-    contours, _ = cv2.findContours(finer, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    finer = np.kron(mask[top : top + height, left : left + width], np.ones((_FINER, _FINER), np.uint8))
+    offset = (left * _FINER, top * _FINER)
+    contours, _ = cv2.findContours(finer, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE, offset=offset)
     simpler = [cv2.approxPolyDP(contour, _FINER / 2, True) for contour in contours]
     polygons = [((contour.reshape(-1) + 0.5) / _FINER).round(2).tolist() for contour in simpler if len(contour) >= 3]
     if not polygons:
