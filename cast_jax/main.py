@@ -82,7 +82,7 @@ def run() -> None:
     """The entry point."""
     # Configuration files import configs/common.py: from here, or from where they lie themselves.
     files = [argument.removeprefix("--config=").partition(".py")[0] for argument in sys.argv[1:] if ".py" in argument]
-    sys.path[:0] = [str(Path.cwd()), *(str(Path(file).resolve().parents[1]) for file in files)]
+    sys.path[:0] = [str(Path.cwd()), *(str(Path(file).resolve().parent.parent) for file in files)]
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)
 

@@ -44,9 +44,9 @@ def main() -> None:
             ", ".join(str(_output(options, seed)) for seed in failed) if options.parallel > 1 else "what they say above"
         )
         sys.exit(f"error: seeds {failed} failed; see {logs}")
-    if missing := [seed for seed in options.seeds if not (_folder(options, seed) / "summary.json").exists()]:
-        sys.exit(f"error: seeds {missing} left no summary: {options.config} trains and evaluates nothing")
-    summaries = [json.loads((_folder(options, seed) / "summary.json").read_text())["steps"] for seed in options.seeds]
+    summaries = [_summary(options, seed) for seed in options.seeds]
+    if missing := [seed for seed, steps in zip(options.seeds, summaries, strict=True) if not steps]:
+        sys.exit(f"error: seeds {missing} left no results: {options.config} trains nothing")
     table = aggregate(summaries)
     write_json(options.workdir / "seeds.json", {"seeds": options.seeds, "steps": table})
     text = format_table(table)
@@ -55,9 +55,9 @@ def main() -> None:
 
 
 def aggregate(summaries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Per step: the values of every seed, their mean and (sample) standard deviation; seconds as a mean."""
+    """Per step that all have: every seed's values, their mean and (sample) standard deviation; seconds as a mean."""
     table: dict[str, dict[str, Any]] = {}
-    for step in summaries[0]:
+    for step in (step for step in summaries[0] if all(step in summary for summary in summaries)):
         row: dict[str, Any] = {"seconds": statistics.fmean(summary[step]["seconds"] for summary in summaries)}
         for metric in METRICS:
             values = [summary[step][metric] for summary in summaries]
@@ -78,6 +78,12 @@ def format_table(table: dict[str, dict[str, Any]]) -> str:
 
 def _folder(options: argparse.Namespace, seed: int) -> Path:
     return options.workdir / f"seed{seed}"
+
+
+def _summary(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """The results of a seed's steps; none where nothing was trained."""
+    path = _folder(options, seed) / "summary.json"
+    return json.loads(path.read_text())["steps"] if path.exists() else {}
 
 
 def command_of(seed: int, options: argparse.Namespace) -> list[str]:

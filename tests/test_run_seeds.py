@@ -26,6 +26,11 @@ def test_the_table_has_means_and_sample_deviations(script):
     assert script.format_table(table).splitlines()[-1] == "| refine | 32.0 ± 2.0 | 50.0 ± 0.0 | 320 |"
 
 
+def test_a_step_that_one_seed_alone_made_is_in_no_table(script):
+    row = {"mask_ap": 1.0, "mask_ap50": 2.0, "seconds": 3.0}
+    assert set(script.aggregate([{"distill": row, "refine": row}, {"distill": row}])) == {"distill"}
+
+
 def test_every_seed_has_its_own_folder_and_split(script):
     overrides = ["--config.data.split=splits/a_seed{seed}.json"]
     options = argparse.Namespace(config="configs/coco.py:cast", workdir=Path("runs/seeds"), overrides=overrides)
@@ -55,7 +60,7 @@ def test_seeds_that_run_together_leave_what_they_say(script, monkeypatch, tmp_pa
 
 def test_what_has_no_table_is_said(script, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(script, "command_of", lambda seed, options: ["true"])
-    with pytest.raises(SystemExit, match=r"seeds \[3\] left no summary: c\.py:check_data trains"):
+    with pytest.raises(SystemExit, match=r"seeds \[3\] left no results: c\.py:check_data trains nothing"):
         call(script, monkeypatch, "--config", "c.py:check_data", "--workdir", tmp_path, "--seeds", 3)
     for arguments, message in (
         (("c.py:cast", 1, 1), "names one twice"),
