@@ -95,9 +95,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(others)
         _CONFIG.value.to_dict()  # a file that could not be read is only reported when it is used
-        for section, name, path, text in (found.groups() for found in fields):
+        for found in fields:
             with _CONFIG.value.unlocked():
-                _set_field(_CONFIG.value[section][name], path, text)
+                _set_field(_CONFIG.value, found)
         return rest
     except SystemExit:
         sys.exit(0)  # --help was printed, after which absl would exit with 1
@@ -113,13 +113,14 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(f"error: {lines[-1] if any(line.startswith('Traceback') for line in lines) else error}")
 
 
-def _set_field(part: ConfigDict, path: str, text: str) -> None:
+def _set_field(config: ConfigDict, argument: re.Match[str]) -> None:
     """Sets a field that the configuration may leave unsaid; the settings know which there are, and their types.
 
     Raises:
       TypeError: the configuration says it, with a value of another type.
     """
-    *groups, name = path.split(".")
+    section, owner, path, text = argument.groups()
+    part, (*groups, name) = config[section][owner], path.split(".")
     for group in groups:
         if group not in part:
             part[group] = {}
@@ -128,7 +129,12 @@ def _set_field(part: ConfigDict, path: str, text: str) -> None:
     if value is text and not isinstance(part.get(name), str):
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(text)
-    part[name] = value
+    try:
+        part[name] = value
+    except TypeError as error:
+        held = part[name]
+        of_one = f"holds {', '.join(held)}; set one of them" if isinstance(held, ConfigDict) else ""
+        raise TypeError(f"{argument[0]}: {name} {of_one or f'must be of type {type(held).__name__}'}") from error
 
 
 if __name__ == "__main__":

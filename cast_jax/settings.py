@@ -220,9 +220,11 @@ class RunConfig:
         own_view = own.pop("view", {})
         if not isinstance(own_view, Mapping):
             raise UserError(f"config.steps.{name}.data.view is {own_view!r}; it must hold fields of config.data.view")
-        view = {**data.view, **own_view, "image_size": data.image_size, "max_instances": data.max_instances}
-        own_view = build(ViewConfig, view, "config.data.view")
-        values = {**data.loader, **own, "view": own_view, "seed": self._seed(name)}
+        fixed = {"image_size": data.image_size, "max_instances": data.max_instances}
+        view = build(ViewConfig, {**data.view, **fixed}, "config.data.view")
+        if own_view:
+            view = build(ViewConfig, {**data.view, **own_view, **fixed}, f"config.steps.{name}.data.view")
+        values = {**data.loader, **own, "view": view, "seed": self._seed(name)}
         return build(LoaderConfig, values, f"config.steps.{name}.data")
 
     def segmenter(self, role: str, categories: Sequence[Category]) -> Functional:

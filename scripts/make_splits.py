@@ -94,13 +94,17 @@ def _hold_out(options: argparse.Namespace) -> None:
     count = share_of(len(ids), options.val_percent)
     if not 1 <= count < len(ids):
         raise UserError(f"--val-percent {options.val_percent:g} of {len(ids)} images is {count}; each side needs one")
+    parts = {}
     for part, chosen in zip(("val", "train"), split_indices(len(ids), count, options.seeds[0]), strict=True):
-        kept = {ids[index] for index in chosen}
+        of_part = {ids[index] for index in chosen}
+        images = [entry for entry in content["images"] if entry["id"] in of_part]
+        annotations = [entry for entry in content["annotations"] if entry.get("image_id") in of_part]
         path = options.output / f"{Path(options.path).stem}_{part}.json"
-        images = [entry for entry in content["images"] if entry["id"] in kept]
-        annotations = [entry for entry in content["annotations"] if entry.get("image_id") in kept]
-        write_new_json(path, {**content, "images": images, "annotations": annotations})
-        print(f"{path}: {len(images)} images, {len(annotations)} annotations; their folder is {source.root}")
+        parts[path] = {**content, "images": images, "annotations": annotations}
+    write_new_json(parts)
+    for path, kept in parts.items():
+        counts = f"{len(kept['images'])} images, {len(kept['annotations'])} annotations"
+        print(f"{path}: {counts}; their folder is {source.root}")
 
 
 def _shares(source: Source, name: str, options: argparse.Namespace) -> Made:

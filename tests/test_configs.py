@@ -355,6 +355,10 @@ def test_arguments_have_types():
         (lambda c: c["data"].update(image_size=(518,)), r"config\.data\.image_size is \(518,\); it must be of type"),
         (lambda c: c["data"]["view"].update(scale=(2.0, 0.5)), r"config\.data\.view\.scale is \(2\.0, 0\.5\)"),
         (lambda c: c["steps"]["refine"]["data"].update(view=3), r"config\.steps\.refine\.data\.view is 3"),
+        (
+            lambda c: c["steps"]["refine"]["data"].update(view={"scale": (2.0, 0.5)}),
+            r"config\.steps\.refine\.data\.view\.scale is \(2\.0, 0\.5\)",
+        ),
         (lambda c: c["steps"]["refine"]["train"].update(steps=0), r"config\.steps\.refine\.train\.steps is 0"),
         (lambda c: c["steps"]["refine"]["train"].update(best_metric="ap"), r"train\.best_metric 'ap' is unknown"),
         (lambda c: c["steps"]["refine"]["train"].update(seed=3), r"refine\.train\.seed is not read: set config\.seed"),

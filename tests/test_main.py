@@ -64,9 +64,11 @@ def test_what_a_configuration_leaves_unsaid_can_be_set():
             ("optimizer.learning_rate", "1e-3"),
             ("pseudo_labels", "8"),  # a text stays one
         ):
-            main._set_field(step, path, text)
-        with pytest.raises(TypeError, match="Could not override field 'steps'"):
-            main._set_field(step, "train.steps", "1.5")
+            main._set_field(config, main._FIELD.fullmatch(f"--config.steps.distill.{path}={text}"))
+        for path, text, wanted in (("train.steps", "1.5", "must be of type int"), ("train", "3", "holds .*steps; set")):
+            argument = f"--config.steps.distill.{path}={text}"
+            with pytest.raises(TypeError, match=f"^{argument}: {path.split('.')[-1]} {wanted}"):
+                main._set_field(config, main._FIELD.fullmatch(argument))
     contrastive = {name: dict(config.steps[name].objective.contrastive) for name in ("distill", "adapt")}
     assert contrastive["distill"] == contrastive["adapt"] | {"symmetric": True, "num_anchors": None}
     built = build(StepConfig, step.to_dict(), "distill")
@@ -97,9 +99,12 @@ FAULTS = [
         (*CONFIG, "--config.model.student.mask_decoder.querys=3"),
         "config.model.student.mask_decoder: unknown key querys",
     ),
-    ((*CONFIG, "--config.model.student.encoder.embed_dim=wide"), "Could not override field 'embed_dim'"),
+    ((*CONFIG, "--config.model.student.encoder.embed_dim=wide"), "embed_dim=wide: embed_dim must be of type int"),
     ((*CONFIG, "--config.steps.distil.start=adapt"), "the configuration has no 'distil'"),
-    ((*CONFIG, "--config.steps.distill.train.steps=many"), "Could not override field 'steps'"),
+    (
+        (*CONFIG, "--config.steps.distill.train.steps=many"),
+        "--config.steps.distill.train.steps=many: steps must be of type int",
+    ),
     ((*CONFIG, "--config.steps.distill.optimizer.beta=0.9"), "config.steps.distill.optimizer: unknown key beta"),
     (
         (*CONFIG, "--config.steps.distill.objective.contrastive.symmetric=3"),

@@ -217,6 +217,11 @@ def test_a_coco_set_is_divided_into_training_and_validation(coco, tmp_path):
     assert sorted(ids) == [7 * i for i in range(10)]
     assert all(len(source.instances(i)) == 1 for source in sources.values() for i in range(len(source)))
     assert call("coco", coco, *options, "--val-percent", 1).returncode == 1
+    parts["val"].unlink()
+    parts["train"].write_text("{}")
+    assert f"{parts['train']}: is there already" in call("coco", coco, *options, "--val-percent", 20).stderr
+    assert not parts["val"].exists()
+    assert parts["train"].read_text() == "{}"
 
 
 def test_faults_are_one_message(coco, tmp_path):

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -79,11 +79,17 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     atomic_write(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
 
 
-def write_new_json(path: str | os.PathLike[str], content: Any) -> None:
-    """As :func:`write_json`, but a file with other content stays as it is. Raises :class:`UserError` then."""
-    if Path(path).exists() and json.loads(json.dumps(content)) != read_json(path):
-        raise UserError(f"{path}: is there already, with other content; name another folder, or delete it")
-    write_json(path, content)
+def write_new_json(contents: Mapping[Path, Any]) -> None:
+    """Writes files by :func:`write_json`; none of them where one is there with other content.
+
+    Raises:
+      UserError: naming that one.
+    """
+    for path, value in contents.items():
+        if path.exists() and json.loads(json.dumps(value)) != read_json(path):
+            raise UserError(f"{path}: is there already, with other content; name another folder, or delete it")
+    for path, value in contents.items():
+        write_json(path, value)
 
 
 def read_json(path: str | os.PathLike[str], hint: str = "") -> Any:

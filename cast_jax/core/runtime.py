@@ -10,6 +10,7 @@ import platform
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -185,6 +186,7 @@ class StopSignals:
         def wait() -> None:
             while number := os.read(reading, 1):
                 if number[0] in self._previous:
+                    time.sleep(0.2)  # where Python can be interrupted, its handler ends the process
                     self._end(number[0])
 
         self._by_force = True

@@ -36,7 +36,7 @@ class Split:
 
 def write_split(path: str | os.PathLike[str], split: Split, about: dict[str, Any]) -> None:
     """Writes a split file; ``about`` says how it was made (data set, seed, share). Raises where another one is."""
-    write_new_json(path, {**FORMAT, **about, "labelled": split.labelled, "unlabelled": split.unlabelled})
+    write_new_json({Path(path): {**FORMAT, **about, "labelled": split.labelled, "unlabelled": split.unlabelled}})
 
 
 def read_split(path: str | os.PathLike[str]) -> Split:

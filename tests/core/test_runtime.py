@@ -125,6 +125,7 @@ with StopSignals() as outer, outer.by_force():
 def test_within_work_that_ends_by_force_other_work_may_save_first():
     process = subprocess.run([sys.executable, "-c", INSIDE_ANOTHER], capture_output=True, text=True, timeout=60)
     assert (process.stdout.split(), process.returncode) == (["saved", "next"], 143)
+    assert process.stderr.count("SIGTERM: stopping") == 1
 
 
 def test_by_force_changes_nothing_where_no_signal_comes():
