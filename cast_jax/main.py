@@ -21,7 +21,7 @@ from cast_jax.core import distributed
 from cast_jax.core.errors import DivergedError, UserError
 from cast_jax.core.logging import setup_logging
 from cast_jax.core.runtime import StopSignals, platform_notes, setup
-from cast_jax.preflight import make_workdir
+from cast_jax.workdir import make_workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command continues what is there.")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: configs/<name>.py:<step>[,key=value ...].")

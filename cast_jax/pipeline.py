@@ -56,8 +56,6 @@ from cast_jax.preflight import (
     check_settings,
     evaluated,
     initial_weights,
-    require_same,
-    result,
     starting_weights,
     with_audit,
 )
@@ -66,6 +64,7 @@ from cast_jax.report import summary_table, write_report
 from cast_jax.settings import RunConfig
 from cast_jax.trainer import finished, train
 from cast_jax.visualize import contact_sheet, save_image, side_by_side
+from cast_jax.workdir import require_same, result
 
 logger = logging.getLogger(__name__)
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from cast_jax.core import distributed
 from cast_jax.core.annotations import Category
-from cast_jax.core.config import differences, to_json
+from cast_jax.core.config import to_json
 from cast_jax.core.errors import MissingStepError, UserError
-from cast_jax.core.files import TEMPORARY, read_json
+from cast_jax.core.files import read_json
 from cast_jax.core.optim import make_optimizer
 from cast_jax.core.sharding import check_batch_size, param_shardings
 from cast_jax.data.datasets import Datasets
@@ -26,81 +24,12 @@ from cast_jax.models.student import StudentConfig
 from cast_jax.recipes.online_labels import OnlineLabelsConfig
 from cast_jax.settings import RunConfig
 from cast_jax.trainer import finished
+from cast_jax.workdir import result
 
 # Where the results of `:pseudo_label` and `:evaluate` come from when no step is named: the first that is there.
 TEACHERS = {"adapted": "adapt", "finetuned": "finetune"}
 EVALUATED = ("refine", "distill", "burn_in", "student_supervised", "adapt", "finetune", "pretrain")
 METRICS = ("mask_ap", "mask_ap50", "mask_ap75")
-HOW_BATCHES_COME = ("num_threads", "num_workers", "prefetch")  # the same ones for any of these
-
-
-def make_workdir(workdir: Path) -> None:
-    """Makes the folder of a run.
-
-    Raises:
-      UserError: it cannot be made, or not be written to; or it is not one folder that all processes share.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=workdir, prefix=".shared-", suffix=TEMPORARY) as probe:
-            seen = (workdir / distributed.agreed(Path(probe.name).name)).exists()
-            everywhere = all(distributed.gather(seen))
-        distributed.barrier()  # the first process goes on to clear what looks like these files
-    except OSError as error:
-        raise UserError(f"--workdir {workdir} cannot be written to ({error.strerror}); name another folder") from error
-    if not everywhere:
-        raise UserError(f"--workdir {workdir} must be one folder that all processes of the run share")
-
-
-def require_same(config: Mapping[str, Any], workdir: Path) -> None:
-    """Refuses a workdir with results of another configuration; steps that have not begun may have changed.
-
-    Raises:
-      UserError: listing the differences.
-    """
-    path = workdir / "config.json"
-    patterns = ("*/checkpoints/*", "*/exported/*", "pseudo_labels/*")
-    begun = {found.relative_to(workdir).parts[0] for pattern in patterns for found in workdir.glob(pattern)}
-    if not path.exists() or not begun:
-        return
-    try:
-        stored = _settled(read_json(path), begun)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: is not the configuration of a run ({error}); use another --workdir") from error
-    if lines := differences(stored, _settled(to_json(config), begun)):
-        listed = "\n  ".join(lines[:20])
-        raise UserError(
-            f"{workdir} was made with another configuration; use another --workdir. It differs in\n  {listed}"
-        )
-
-
-def _settled(config: Mapping[str, Any], begun: set[str]) -> dict[str, Any]:
-    """What results depend on: not the step that is asked for, the machine, and what is only looked at.
-
-    Nor what only decides how fast they come, in how much memory, and how often it is said and saved.
-    """
-    free = {"step", "file", "runtime", "mesh", "distributed", "evaluate", "profile"}
-    free |= set() if "audit" in begun else {"audit"}
-    begun = begun | ({"finetune"} if "audit" in begun else set())
-    steps = {
-        name: {
-            **step,
-            "data": without(step["data"], *HOW_BATCHES_COME),
-            "train": without(step["train"], "log_every", "save_every", "keep", "tensorboard"),
-        }
-        for name, step in config["steps"].items()
-        if name in begun
-    }
-    data = {**config["data"], "loader": without(config["data"].get("loader", {}), *HOW_BATCHES_COME)}
-    model = {
-        role: {part: without(value, "remat") for part, value in spec.items()} for role, spec in config["model"].items()
-    }
-    return without(config, *free) | {"steps": steps, "data": data, "model": model}
-
-
-def without(values: Any, *names: str) -> Any:
-    """A mapping without some of its keys; anything else as it is."""
-    return {key: value for key, value in values.items() if key not in names} if isinstance(values, Mapping) else values
 
 
 def with_audit(run: RunConfig) -> RunConfig:
@@ -440,13 +369,6 @@ def _check_network(spec: Mapping[str, Any], stored: Mapping[str, Any], where: st
 def weights_file(given: str) -> Path:
     """The file that ``config.init`` names: itself, or the one in a folder of converted weights."""
     return Path(given) if given.endswith(".safetensors") else Path(given) / "model.safetensors"
-
-
-def result(workdir: Path, name: str) -> Path:
-    """What a finished step leaves last: its weights, or the statistics of its pseudo-labels."""
-    if name.startswith("pseudo_label/"):
-        return workdir / "pseudo_labels" / name.partition("/")[2] / "stats.json"
-    return workdir / name / "exported" / "last.safetensors"
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ FLOORS = (
     ("main",),
     ("pipeline",),
     ("preflight",),
-    ("settings",),
+    ("settings", "workdir"),
     ("convert", "predict_command"),
     ("trainer", "predict", "labelling", "report", "export", "check_data"),
     ("recipes",),

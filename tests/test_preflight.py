@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 
 from cast_jax.core.annotations import Category
-from cast_jax.core.config import build, to_json
+from cast_jax.core.config import build
 from cast_jax.core.errors import MissingStepError, UserError
 from cast_jax.core.files import write_json
 from cast_jax.core.sharding import make_mesh
@@ -25,8 +23,6 @@ from cast_jax.preflight import (
     check_parameters,
     check_settings,
     evaluated,
-    make_workdir,
-    require_same,
 )
 from cast_jax.settings import RunConfig
 from configs import coco, demo
@@ -152,42 +148,6 @@ def test_weights_to_start_from_are_held_against_the_model(tmp_path):
     check_parameters_of(run, tmp_path)
 
 
-def test_steps_that_have_not_begun_may_be_corrected(tmp_path):
-    (tmp_path / "finetune" / "checkpoints" / "2").mkdir(parents=True)
-    (tmp_path / "config.json").write_text(json.dumps(to_json(config())))
-    require_same(config(lambda values: values["steps"]["distill"]["optimizer"].update(learning_rate=3.0)), tmp_path)
-    require_same(config(lambda values: values["steps"].pop("refine")), tmp_path)
-    changes = [
-        (
-            lambda values: values["steps"]["finetune"]["train"].update(steps=9),
-            "config.steps.finetune.train.steps: 4 -> 9",
-        ),
-        (lambda values: values["steps"].pop("finetune"), "-> '(absent)'"),
-        (lambda values: values.update(embedding_dim=3), "config.embedding_dim: 32 -> 3"),
-    ]
-    for change, message in changes:
-        with pytest.raises(UserError, match=re.escape(message)):
-            require_same(config(change), tmp_path)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda values: values["data"]["loader"].update(num_workers=4, num_threads=1, prefetch=9),
-        lambda values: values["steps"]["finetune"]["data"].update(num_workers=4),
-        lambda values: values["steps"]["finetune"]["train"].update(
-            log_every=7, save_every=9, keep=5, tensorboard=False
-        ),
-        lambda values: values["model"]["student"]["encoder"].update(remat="blocks"),
-        lambda values: values["mesh"].update(fsdp=8),
-    ],
-)
-def test_what_changes_no_result_may_change_under_way(change, tmp_path):
-    (tmp_path / "finetune" / "checkpoints" / "2").mkdir(parents=True)
-    (tmp_path / "config.json").write_text(json.dumps(to_json(config())))
-    require_same(config(change), tmp_path)
-
-
 def test_only_the_steps_to_run_must_divide_over_the_devices(tmp_path):
     eight = SimpleNamespace(size=8)
 
@@ -197,15 +157,6 @@ def test_only_the_steps_to_run_must_divide_over_the_devices(tmp_path):
     check_settings(run_config(grown, "distill"), eight)
     with pytest.raises(UserError, match=r"config\.steps\.\w+: a batch of 2 cannot be split over 8 devices"):
         check_settings(run_config(grown), eight)
-
-
-def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
-    make_workdir(tmp_path / "a" / "b")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
-    (tmp_path / "file").touch()
-    for path in (tmp_path / "file", tmp_path / "file" / "run", type(tmp_path)("/proc/run")):
-        with pytest.raises(UserError, match=rf"--workdir {path} cannot be written to \(.+\); name another folder"):
-            make_workdir(path)
 
 
 def test_an_encoder_is_resized_as_its_checkpoint_was_trained(tmp_path):

@@ -4,9 +4,9 @@ The loss is a scalar, so its gradient is known in the forward pass, up to one fa
 once and added up in place, and nothing of a group outlives its turn. Automatic differentiation would save or redo each
 group's draws, and would add a gradient of the size of all candidates once per group.
 
-What devices exchange are the pools of proposals, at most ``config.max_pools`` of them, and the pools' gradients:
-neither grows with the pixels. All random numbers belong to images and groups, none to devices, so that the loss is the
-same (up to the order of sums) on any number of devices.
+What devices exchange are pools of proposals and their gradients (:mod:`cast_jax.contrastive.pools`); neither grows with
+the pixels. All random numbers belong to images and groups, none to devices, so that the loss is the same (up to the
+order of sums) on any number of devices.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from cast_jax.contrastive.config import ContrastiveConfig
-from cast_jax.contrastive.cumulative import total_of
 from cast_jax.contrastive.fused_map import normalise
 from cast_jax.contrastive.groups import (
     group_numbers,
@@ -31,13 +30,13 @@ from cast_jax.contrastive.groups import (
     out_of_turns,
 )
 from cast_jax.contrastive.peers import ALONE, Peers
-from cast_jax.contrastive.samplers import Drawn, draw_pool, draw_rows, mixture_proposals, prepare_proposals
+from cast_jax.contrastive.pools import Known, Pools, add_to_candidates, flatten, make_pools, read_candidates
+from cast_jax.contrastive.samplers import draw_rows, mixture_proposals
 from cast_jax.contrastive.scores import CandidateMap, candidate_map
 from cast_jax.core import target
 from cast_jax.core.loops import over_flagged
 from cast_jax.core.selection import take
 
-_POOLS = 64  # that an accelerator draws at a time
 _ROWS = 8  # anchors of a device that a row sampler serves at a time: what it holds grows with rows × candidates
 
 
@@ -64,42 +63,6 @@ class CandidatePixels(NamedTuple):
     regions: Int[Array, "images pixels"]
     position: Int[Array, "images pixels"]
     """A number that no other candidate has, on any device."""
-
-
-class Known(NamedTuple):
-    """What is known of candidates: of those on this device, or of those that stand in a pool."""
-
-    g_hat: Float[Array, "*places dim"]
-    z: Float[Array, "*places embedding"]
-    regions: Int[Array, "*places"]
-    position: Int[Array, "*places"]
-
-
-class Pools(NamedTuple):
-    """Pools of proposals, each [terms, slots] in a row, and the masses of the terms."""
-
-    drawn: Drawn
-    """Where their candidates lie, if they lie on this device: [pools, terms*slots]."""
-    exchanged: Known | None
-    """The candidates themselves, if they come from several devices; else they are read when their turn comes."""
-    masses: Float[Array, "terms"]
-
-    @property
-    def number(self) -> int:
-        """How many there are."""
-        return self.drawn.place.shape[0]
-
-    def read(self, which: Int[Array, ""], known: Known) -> Known:
-        """The candidates of one pool; ``known`` of this device's."""
-        if self.exchanged is not None:
-            return _one(self.exchanged, which)
-        return _read(known, _one(self.drawn, which))
-
-    def add(self, which: Int[Array, ""], values: Array, total: Array) -> Array:
-        """Adds values of one pool's candidates to a total of all pools', or of all candidates."""
-        if self.exchanged is not None:
-            return total.at[which].add(values)
-        return _add_at(total, _one(self.drawn, which), values)
 
 
 class Sums(NamedTuple):
@@ -206,48 +169,6 @@ def _with_effective(sums: Sums, positions, taken, valid) -> Sums:
     return sums._replace(effective=jnp.sum(effective, dtype=float), effective_anchors=jnp.sum(valid, dtype=float))
 
 
-def _make_pools(
-    config: ContrastiveConfig, peers: Peers, key: PRNGKeyArray, number: int, candidates: CandidateMap, known: Known
-) -> Pools:
-    proposals = prepare_proposals(candidates, config.sampling_score, peers)
-    terms = proposals.images.shape[0]
-
-    def one(uniform: Float[Array, "terms 3 slots"]) -> tuple[Drawn, Known | None]:
-        drawn = draw_pool(uniform, proposals, candidates.valid.shape[1], peers)
-        drawn = jax.tree.map(jnp.ravel, drawn)
-        return drawn, _read(known, drawn) if peers.axes else None
-
-    uniform = jax.random.uniform(key, (number, terms, 3, config.num_slots))
-    drawn, mine = jax.lax.map(one, uniform, batch_size=None if target.backend() == "cpu" else min(number, _POOLS))
-    return Pools(drawn, peers.sum(mine), total_of(proposals.images))
-
-
-def _flatten(array):
-    """The first two axes as one; of a uniform map's vectors, which have no channels, too."""
-    return array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])
-
-
-def _one(tree, which):
-    return jax.tree.map(lambda array: array[which], tree)
-
-
-def _read(tree, drawn: Drawn):
-    """The values of the candidates that this device holds, zeros for the others'."""
-
-    def read(array):
-        values = take(_flatten(array), drawn.place)
-        return jnp.where(jnp.expand_dims(drawn.mine, tuple(range(drawn.mine.ndim, values.ndim))), values, 0)
-
-    return jax.tree.map(read, tree)
-
-
-def _add_at(array, drawn: Drawn, values):
-    """Adds values to the candidates that this device holds."""
-    flat = _flatten(array)
-    place = jnp.where(drawn.mine, drawn.place, len(flat)).astype(jnp.uint32)
-    return flat.at[place].add(values, mode="drop").reshape(array.shape)
-
-
 def _propose(config, key, number, anchors: Anchors, pools: Pools, centre, known: Known):
     """A group's pool and the negatives that it accepts there."""
     which = number % pools.number
@@ -313,7 +234,7 @@ def _draw_rows(config, peers: Peers, key, anchors: Anchors, rows, candidates: Ca
     """The negatives of all peers' ``rows`` (of the flattened anchors), and which of the rows have any."""
     per_image = anchors.own.shape[1]
     numbers = take(anchors.image, rows // per_image) * per_image + rows % per_image
-    g_hat, own = (take(_flatten(array), rows) for array in (anchors.g_hat, anchors.own))
+    g_hat, own = (take(flatten(array), rows) for array in (anchors.g_hat, anchors.own))
     g_hat, own, numbers = peers.gather((g_hat, own, numbers))
     return draw_rows(
         "categorical" if config.sampler == "categorical" else "inverse_cdf",
@@ -331,14 +252,14 @@ def _draw_rows(config, peers: Peers, key, anchors: Anchors, rows, candidates: Ca
 def _contrast_short(config, peers, key, z, anchors, candidates, pixels, flagged, state):
     """Serves the flagged anchors from all their candidates. ``state``: sums, and gradients of the embeddings ``z``."""
     z_anchors, z_positives, z_candidates = z
-    flat = jax.tree.map(_flatten, anchors._replace(image=anchors.own))
-    z_a, z_p = _flatten(z_anchors), _flatten(z_positives)
+    flat = jax.tree.map(flatten, anchors._replace(image=anchors.own))
+    z_a, z_p = flatten(z_anchors), flatten(z_positives)
 
     def serve(rows, real, state):
         sums, d_anchors, d_positives, d_candidates = state
         drawn, drawable = _draw_rows(config, peers, key, anchors, rows, candidates, pixels)
         known = (z_candidates, pixels.regions, pixels.position)
-        z_negatives, regions, position = peers.sum_and_split(_read(known, drawn))
+        z_negatives, regions, position = peers.sum_and_split(read_candidates(known, drawn))
         some = jax.tree.map(lambda leaf: take(leaf, rows), flat)
         drawable = drawable.reshape(-1, _ROWS)[peers.number]
         some = some._replace(valid=some.valid & real & drawable)
@@ -348,7 +269,7 @@ def _contrast_short(config, peers, key, z, anchors, candidates, pixels, flagged,
         )
         more = _with_effective(more, position, taken, some.valid)
         d_anchors, d_positives = d_anchors.at[rows].add(d_a), d_positives.at[rows].add(d_p)
-        return _add(sums, more), d_anchors, d_positives, _add_at(d_candidates, drawn, peers.gather(d_n))
+        return _add(sums, more), d_anchors, d_positives, add_to_candidates(d_candidates, drawn, peers.gather(d_n))
 
     return over_flagged(flagged.reshape(-1), serve, state, _ROWS, peers.max)
 
@@ -361,13 +282,13 @@ def _contrast_set(config, peers, num_images, key, z_anchors, z_positives, z_cand
     if config.sampler == "mixture_proposals":
         number = min(num_images * number_of_groups(config, anchors.own.shape[1]), config.max_pools)
         known = Known(pixels.g_hat, z_candidates, pixels.regions, pixels.position)
-        pools = _make_pools(config, peers, pool_key, number, candidates, known)
+        pools = make_pools(config, peers, pool_key, number, candidates, known)
         sums, (d_anchors, d_positives, d_candidates), flagged = _contrast_groups(
             config, coin_key, z_anchors, z_positives, anchors, pools, candidates.centre, known
         )
         if pools.exchanged is not None:
-            d_candidates = _add_at(jnp.zeros_like(_wide(z_candidates)), pools.drawn, peers.sum(d_candidates))
-    state = (sums, _flatten(d_anchors), _flatten(d_positives), d_candidates)
+            d_candidates = add_to_candidates(jnp.zeros_like(_wide(z_candidates)), pools.drawn, peers.sum(d_candidates))
+    state = (sums, flatten(d_anchors), flatten(d_positives), d_candidates)
     sums, d_anchors, d_positives, d_candidates = _contrast_short(
         config, peers, row_key, (z_anchors, z_positives, z_candidates), anchors, candidates, pixels, flagged, state
     )
@@ -440,7 +361,7 @@ def draw_negatives(
         number = min(peers.count * images * number_of_groups(config, per_image), config.max_pools)
         nothing = jnp.zeros((*pixels.valid.shape, 0))
         known = Known(pixels.g_hat, nothing, pixels.regions, pixels.position)
-        pools = _make_pools(config, peers, pool_key, number, candidates, known)
+        pools = make_pools(config, peers, pool_key, number, candidates, known)
 
         def propose(group):
             number, anchors = group
@@ -457,7 +378,7 @@ def draw_negatives(
     def serve(rows, real, state):
         found, drawable = state
         drawn, possible = _draw_rows(config, peers, row_key, anchors, rows, candidates, pixels)
-        position = peers.sum_and_split(_read(pixels.position, drawn))
+        position = peers.sum_and_split(read_candidates(pixels.position, drawn))
         rows = jnp.where(real, rows, found.shape[0])
         possible = possible.reshape(-1, _ROWS)[peers.number]
         return found.at[rows].set(position, mode="drop"), drawable.at[rows].set(possible, mode="drop")

@@ -9,7 +9,7 @@ import pytest
 from jax.test_util import check_grads
 from maps import make_map
 
-from cast_jax.contrastive import contrast
+from cast_jax.contrastive import contrast, pools
 from cast_jax.contrastive.bank import choose_entries, empty_bank, push
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.contrastive.contrast import Anchors, CandidatePixels, draw_negatives
@@ -103,7 +103,7 @@ def test_groups_and_pools_at_a_time_change_nothing(options, monkeypatch):
     monkeypatch.setattr(target, "backend", lambda: "gpu")
     monkeypatch.setattr(contrast, "product_dtype", lambda dtype: dtype)
     monkeypatch.setattr(contrast, "groups_together", lambda *_: 3)
-    monkeypatch.setattr(contrast, "_POOLS", 2)
+    monkeypatch.setattr(pools, "_POOLS", 2)
     for one, other in zip(jax.tree.leaves(run()), jax.tree.leaves(apart), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
     (short, anchors), some = apart[0][1]["contrastive/short_rows"], "slots" in options

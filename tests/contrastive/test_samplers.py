@@ -9,7 +9,7 @@ import pytest
 from maps import MAP_SHAPES, make_map
 from scipy import stats
 
-from cast_jax.contrastive import contrast
+from cast_jax.contrastive import pools
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.contrastive.contrast import Anchors, CandidatePixels, draw_negatives
 from cast_jax.contrastive.cumulative import cumulate, running_sum
@@ -137,7 +137,7 @@ def test_the_test_refuses_proposals_that_do_not_follow_the_envelope(monkeypatch)
         uniform = cumulate(jnp.broadcast_to(candidates.valid * 1.0, (2, *candidates.valid.shape)))
         return right._replace(pixels=uniform, images=running_sum(uniform.total))
 
-    monkeypatch.setattr(contrast, "prepare_proposals", uniform_terms)
+    monkeypatch.setattr(pools, "prepare_proposals", uniform_terms)
     g_hat = make_map("diffuse", PIXELS)
     # A number of negatives of its own, so that no compiled right version is found.
     drawn = draw(g_hat, ContrastiveConfig(num_negatives=4 * K - 1, group_size=8))

@@ -101,9 +101,12 @@ with StopSignals() as stop, stop.by_force():
 def test_by_force_a_signal_ends_a_call_that_python_cannot_interrupt(number):
     command = [sys.executable, "-c", f"import signal; signal.signal(2, signal.default_int_handler){IN_A_LONG_CALL}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "begun\n"
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    try:
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 128 + number
     assert f"{number.name}: stopping; run the same command again to continue" in said
 
