@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.core.resize import apply_matrices, interpolation_matrix
+from cast_jax.core.sharding import gathered
 from cast_jax.models.attention import attend
 from cast_jax.models.convolution import PatchEmbedding
 from cast_jax.models.layers import REMAT, LayerNorm, LayerScale, Linear, drop_path, dropout, gelu, rematerialise
@@ -269,7 +270,7 @@ class DinoV2(nnx.Module):
         """The position embedding of the patches, resized in the parameters' precision."""
         config = self.config
         side = config.position_grid
-        positions = self.position_embedding[...][1:].reshape(1, side, side, -1)
+        positions = gathered(self.position_embedding[...])[1:].reshape(1, side, side, -1)  # it is less than the map's
         if grid == (side, side):
             return positions
         matrices = (

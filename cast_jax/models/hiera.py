@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.core.resize import resize
+from cast_jax.core.sharding import gathered
 from cast_jax.models.attention import attend
 from cast_jax.models.layers import REMAT, LayerNorm, Linear, drop_path, gelu, rematerialise
 from cast_jax.models.windows import attend_within, from_windows, to_windows
@@ -251,9 +252,9 @@ class Hiera(nnx.Module):
 
     def _positions(self, rows: int, columns: int) -> Float[Array, "rows columns channels"]:
         """The resized embedding (PyTorch's bicubic), and that of a window, repeated."""
-        window = self.window_position[...]
+        window = gathered(self.window_position[...])  # both are less than the map's
         tiled = jnp.tile(window, (rows // len(window), columns // len(window), 1))
-        return resize(self.position[...][None], (rows, columns), method="bicubic")[0] + tiled
+        return resize(gathered(self.position[...])[None], (rows, columns), method="bicubic")[0] + tiled
 
 
 def normalise(features: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:

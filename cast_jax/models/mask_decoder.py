@@ -24,7 +24,7 @@ from cast_jax.core.decoded import Decoded, mask_logits
 from cast_jax.core.errors import UserError
 from cast_jax.core.geometry import bilinear_sample, pixel_centres, scale_positions
 from cast_jax.core.resize import resize
-from cast_jax.core.sharding import over_images
+from cast_jax.core.sharding import gathered, over_images
 from cast_jax.models.attention import attend
 from cast_jax.models.layers import LayerNorm, Linear
 from cast_jax.models.stack import Stack
@@ -248,7 +248,9 @@ class MaskDecoder(nnx.Module):
         """Projected sine features; learned queries see positions relative to the map, grid queries see pixels."""
         if not self.config.query_stride:
             positions = positions * (1024.0 / jnp.array([height, width]))
-        return self.position_projection(encode_positions(positions, self.config.hidden_dim, 1024.0).astype(self.dtype))
+        encoded = encode_positions(positions, self.config.hidden_dim, 1024.0).astype(self.dtype)
+        graph, parameters = nnx.split(self.position_projection)
+        return nnx.merge(graph, gathered(parameters))(encoded)  # they are less than what they make of a map's positions
 
     def _anchors(self, height: int, width: int) -> Float[Array, "queries 2"] | None:
         stride = self.config.query_stride
