@@ -12,17 +12,14 @@ import numpy as np
 
 from cast_jax.core import distributed
 from cast_jax.core.annotations import Category, Detections
-from cast_jax.core.config import check_ranges, differences
-from cast_jax.core.errors import UserError
-from cast_jax.core.files import read_json, write_json
-from cast_jax.data.pseudo_labels import MANIFEST, PseudoLabels, PseudoLabelWriter
+from cast_jax.core.config import check_ranges
+from cast_jax.data.pseudo_labels import PseudoLabels, PseudoLabelWriter
 from cast_jax.data.review import finish_import
 from cast_jax.data.sources.base import Source
 from cast_jax.data.sources.pseudo_labelled import PseudoLabelled
 from cast_jax.visualize import contact_sheet, overlay, save_image
 
 logger = logging.getLogger(__name__)
-RECORD = "pseudo_labels.json"  # in a step's folder: which labels it is trained on
 
 Predict = Callable[[Sequence[int], str], Iterable[tuple[int, Detections]]]
 
@@ -49,6 +46,7 @@ def label_images(
     folder: Path,
     source: Source,
     categories: Sequence[Category],
+    pixels: str,
     model_hash: str,
     options: PseudoLabelConfig,
     prepare: Callable[[], Predict],
@@ -59,6 +57,7 @@ def label_images(
       folder: receives the store.
       source: the images.
       categories: the classes of the predictions.
+      pixels: names what the images show.
       model_hash: names the model.
       options: which predictions become labels.
       prepare: loads the model, if there is anything to label; what it returns predicts images by their indices under
@@ -71,7 +70,7 @@ def label_images(
         finish_import(folder)
     distributed.barrier()
     writer = PseudoLabelWriter(
-        folder, source, categories, model_hash, options.threshold, options.max_iou, options.shard_size
+        folder, source, categories, model_hash, options.threshold, options.max_iou, options.shard_size, pixels
     )
     name = f"{folder.parent.name}/{folder.name}"
     pending = distributed.agreed([shard.number for shard in writer.pending_shards()])
@@ -111,34 +110,3 @@ def _contact_sheet(folder: Path, source: Source, categories: Sequence[Category])
             overlay(labelled.image(index), found.masks, found.labels, found.scores, tuple(categories), long_side=480)
         )
     save_image(folder / "contact_sheet.jpg", contact_sheet(pictures))
-
-
-def record_labels(step: Path, store: PseudoLabels) -> None:
-    """Writes in a step's folder which labels it is trained on.
-
-    Raises:
-      UserError: it began with others (reviewed in between).
-    """
-    path, used = step / RECORD, _identity(store)
-    if not path.exists():
-        write_json(path, used)
-    elif lines := differences(read_json(path), used, store.folder.name):
-        raise UserError(
-            f"{step} began with other pseudo-labels; delete it to train on these. They differ in\n  "
-            + "\n  ".join(lines)
-        )
-
-
-def warn_of_other_labels(step: Path, store: Path) -> None:
-    """Of a finished step whose labels were reviewed after it."""
-    record = step / RECORD
-    if record.exists() and (store / MANIFEST).exists() and read_json(record) != _identity(PseudoLabels.open(store)):
-        logger.warning(
-            "%s was trained on other pseudo-labels than %s holds now; to train on these delete its folder and those of "
-            "the steps that start from it",
-            *(step, store),
-        )
-
-
-def _identity(store: PseudoLabels) -> dict[str, str]:
-    return {"pseudo_labels": store.folder.name, **store.identity()}

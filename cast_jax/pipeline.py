@@ -31,7 +31,7 @@ from cast_jax.data.checks import SeenImages, check_sources
 from cast_jax.data.datasets import Datasets, open_datasets
 from cast_jax.data.pipeline import make_loader
 from cast_jax.data.prefetch import Prefetcher
-from cast_jax.data.pseudo_labels import PseudoLabels, confident
+from cast_jax.data.pseudo_labels import MANIFEST, PseudoLabels, confident
 from cast_jax.data.sources.base import Source
 from cast_jax.data.sources.cached import Cached
 from cast_jax.data.sources.pseudo_labelled import PseudoLabelled
@@ -42,7 +42,7 @@ from cast_jax.evaluation import cityscapes
 from cast_jax.evaluation.audit import audit, calibration_figure, tenths_from
 from cast_jax.evaluation.coco_map import MaskAPEvaluator
 from cast_jax.export import load_weights, merge_weights, save_weights, weights_hash
-from cast_jax.labelling import Predict, label_images, record_labels, warn_of_other_labels
+from cast_jax.labelling import Predict, label_images
 from cast_jax.models.functional import Functional, Params, count_parameters
 from cast_jax.predict import Predictor
 from cast_jax.preflight import (
@@ -59,6 +59,7 @@ from cast_jax.preflight import (
     starting_weights,
     with_audit,
 )
+from cast_jax.provenance import Made, record, warn_of_others
 from cast_jax.recipes.semi_supervised import SemiSupervised
 from cast_jax.report import summary_table, write_report
 from cast_jax.settings import RunConfig
@@ -128,11 +129,10 @@ class Pipeline:
         finally:
             if distributed.is_first():
                 seen.save()
-        kept = {
-            name: part.source
-            for name in ("labelled", "unlabelled", "val")
-            if (part := getattr(report, name)) is not None
+        reports = {
+            name: part for name in ("labelled", "unlabelled", "val") if (part := getattr(report, name)) is not None
         }
+        kept = {name: part.source for name, part in reports.items()}
         ids = {name: [str(source.record(i).image_id) for i in range(len(source))] for name, source in kept.items()}
         classes = [dataclasses.asdict(category) for category in self.categories_of(datasets)]
         distributed.require_same("the images and classes", [ids, classes])
@@ -140,7 +140,7 @@ class Pipeline:
             for name, listed in ids.items():
                 atomic_write(self.workdir / "splits" / f"{name}.txt", "\n".join(listed) + "\n")
             write_json(self.workdir / "classes.json", classes)
-        return dataclasses.replace(datasets, **kept)
+        return dataclasses.replace(datasets, **kept, reports=reports)
 
     @staticmethod
     def categories_of(datasets: Datasets) -> tuple[Category, ...]:
@@ -193,8 +193,9 @@ class Pipeline:
         folder, step = self.workdir / name, self.config.steps[name]
         if distributed.agreed(bool(finished(folder) and result(self.workdir, name).exists())):
             logger.info("%s: finished already", name)
-            warn_of_other_labels(folder, self.workdir / "pseudo_labels" / step.pseudo_labels)
+            warn_of_others(folder, self._made_from(name))
             return
+        record(folder, self._made_from(name))
         starts = starting_weights(self.config, name, self.workdir)
         labelled = self.datasets.pretrain if step.source == "pretrain" else self.datasets.labelled
         if name == "audit":
@@ -259,8 +260,19 @@ class Pipeline:
         if which in ("", "online"):
             return self.datasets.unlabelled
         store = PseudoLabels.open(self.workdir / "pseudo_labels" / which)
-        record_labels(self.workdir / name, store)
         return PseudoLabelled(self.datasets.unlabelled, store, self.categories)
+
+    def _made_from(self, name: str) -> Made:
+        """What tells the weights, labels and images of a step from others."""
+        step, loader, reports = self.config.steps[name], self.config.loader_config(name), self.datasets.reports
+        starts = starting_weights(self.config, name, self.workdir)
+        made = {"weights": {start.where: weights_hash(start.path) for start in starts if start.path.exists()}}
+        store = self.workdir / "pseudo_labels" / step.pseudo_labels
+        if step.pseudo_labels in TEACHERS and (store / MANIFEST).exists():
+            made["pseudo_labels"] = {"pseudo_labels": step.pseudo_labels, **PseudoLabels.open(store).identity()}
+        used = (step.source if loader.batch_labelled else "", "unlabelled" if loader.batch_unlabelled else "")
+        made["images"] = {part: reports[part].content for part in used if part in reports}
+        return {kind: parts for kind, parts in made.items() if parts}
 
     def _export(self, params: Params, role: str, folder: Path, which: str) -> None:
         model = {"model": to_json(self.config.model[role]), "image_size": list(self.config.data.image_size)}
@@ -333,13 +345,16 @@ class Pipeline:
 
     def zero_shot(self) -> None:
         """Evaluates the teacher as ``config.init`` gives it, without any training; does nothing if that is done."""
-        folder = self.workdir / "zero_shot"
+        folder, starts = self.workdir / "zero_shot", initial_weights(self.config, "teacher")
+        made_from = {"weights": {start.where: weights_hash(start.path) for start in starts}}
         if distributed.agreed(bool(finished(folder))):
             logger.info("zero_shot: finished already")
+            warn_of_others(folder, made_from)
             return
+        record(folder, made_from)
         segmenter = self.config.segmenter("teacher", self.categories)
         params = segmenter.abstract()
-        for start in initial_weights(self.config, "teacher"):
+        for start in starts:
             params = start.merged_into(params, load_weights(start.path)[0])
         params = jax.device_put(params, param_shardings(params, self.mesh))
         begin = time.monotonic()
@@ -370,7 +385,8 @@ class Pipeline:
             return functools.partial(predictor, params, source)
 
         folder, teacher = self.workdir / "pseudo_labels" / which, weights_hash(result(self.workdir, step))
-        label_images(folder, source, self.categories, teacher, self.config.pseudo_labels, prepare)
+        pixels = self.datasets.reports["unlabelled"].pixels
+        label_images(folder, source, self.categories, pixels, teacher, self.config.pseudo_labels, prepare)
 
     def _hidden_share(self) -> tuple[Source, Source]:
         """The labelled images that the audited teacher is trained on, and those whose labels it never sees."""

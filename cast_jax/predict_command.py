@@ -49,6 +49,7 @@ def predict(
     batch_size: int = 8,
     pictures: int = 8,
     polygons: bool = False,
+    pixels: str = "",
 ) -> dict[str, Any]:
     """Finds instances on all devices of this machine; returns the statistics.
 
@@ -58,6 +59,7 @@ def predict(
       batch_size: images at a time.
       pictures: images, evenly spread, that are drawn with what was found.
       polygons: outlines instead of run lengths; see :func:`cast_jax.data.review.export_labels`.
+      pixels: names what the images show, so that masks of others are not taken for theirs.
 
     Raises:
       UserError, DataError: weights that are no export of a run; an output folder with the masks of other weights,
@@ -66,7 +68,7 @@ def predict(
     predictor, params, categories = _load(weights, batch_size, min_score)
     with only_writer(output):
         remove_temporaries(output)
-        writer = PseudoLabelWriter(output, images, categories, weights_hash(weights), min_score, max_iou)
+        writer = PseudoLabelWriter(output, images, categories, weights_hash(weights), min_score, max_iou, pixels=pixels)
         for shard in writer.pending_shards():
             found = predictor(params, images, list(shard.indices), f"predicting, part {shard.number + 1}")
             writer.write_shard(shard.number, [detections for _, detections in found])
@@ -128,8 +130,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setup()
         setup_logging()
         on_unreadable = "skip" if options.skip_unreadable else "error"
-        images = check_source("images", ImageFolder(options.images), None, on_unreadable).source
-        found = predict(options.weights, images, options.output, **{name: getattr(options, name) for name in keep})
+        report = check_source("images", ImageFolder(options.images), None, on_unreadable)
+        found = predict(
+            options.weights,
+            report.source,
+            options.output,
+            pixels=report.pixels,
+            **{name: getattr(options, name) for name in keep},
+        )
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{found['instances']} masks in {found['images']} images: {options.output / PREDICTIONS}")

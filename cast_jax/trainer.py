@@ -316,6 +316,7 @@ class _Judge:
         past = self.checkpoints.evaluations()
         if self.evaluate is None or not self.due(step) or step in past:
             return
+        _stop_if_any(self.stop)  # all together: one of several processes alone would leave the others waiting
         params, best = _shown(state, self.config), self.config.best_metric
         with self.watch.measure("evaluate"), self.stop.at_once():
             values = {name: float(value) for name, value in self.evaluate(params).items()}

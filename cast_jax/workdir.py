@@ -40,7 +40,7 @@ def require_same(config: Mapping[str, Any], workdir: Path) -> None:
       UserError: listing the differences.
     """
     path = workdir / "config.json"
-    patterns = ("*/checkpoints/*", "*/exported/*", "pseudo_labels/*")
+    patterns = ("*/checkpoints/*", "*/exported/*", "pseudo_labels/*", "zero_shot/done.json")
     begun = {found.relative_to(workdir).parts[0] for pattern in patterns for found in workdir.glob(pattern)}
     if not path.exists() or not begun:
         return
@@ -60,7 +60,7 @@ def _settled(config: Mapping[str, Any], begun: set[str]) -> dict[str, Any]:
 
     Nor what only decides how fast they come, in how much memory, and how often it is said and saved.
     """
-    free = {"step", "file", "runtime", "mesh", "distributed", "evaluate", "profile"}
+    free = {"step", "pipeline", "file", "runtime", "mesh", "distributed", "evaluate", "profile"}
     free |= set() if "audit" in begun else {"audit"}
     begun = begun | ({"finetune"} if "audit" in begun else set())
     steps = {

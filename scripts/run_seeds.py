@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
 import statistics
 import subprocess
 import sys
@@ -30,13 +31,22 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="configs/<name>.py:<step>[,key=value ...], without seed")
     parser.add_argument("--workdir", required=True, type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--parallel", type=int, default=1, help="seeds at a time; each gets its share of the cores")
+    parser.add_argument(
+        "--parallel", type=int, default=1, help="seeds at a time; each gets its share of the GPUs and cores"
+    )
     parser.add_argument("overrides", nargs="*", help="passed on, e.g. --config.data.root=PATH (after --)")
     options = parser.parse_args()
     if len(set(options.seeds)) < len(options.seeds):
         parser.error(f"--seeds {options.seeds} names one twice")
-    if ",seed=" in options.config:
-        parser.error("--config says seed=, which --seeds does")
+    fixed = [text for text in options.overrides if text.startswith("--config.seed") and "{seed}" not in text]
+    if ",seed=" in options.config or fixed:
+        parser.error(f"{fixed[0] if fixed else '--config'} says seed=, which --seeds does")
+    gpus = _gpus() if options.parallel > 1 else []
+    if gpus and len(gpus) < options.parallel:
+        parser.error(f"--parallel {options.parallel}: there are fewer GPUs ({len(gpus)}), each of which one run fills")
+    options.slots = queue.SimpleQueue[tuple[list[int], list[str]]]()
+    for slot in range(options.parallel):
+        options.slots.put((_cores(slot, options.parallel), gpus[slot :: options.parallel]))
     with ThreadPoolExecutor(options.parallel) as pool:
         codes = list(pool.map(lambda seed: _run(seed, options), options.seeds))
     if failed := [seed for seed, code in zip(options.seeds, codes, strict=True) if code]:
@@ -61,8 +71,10 @@ def aggregate(summaries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         row: dict[str, Any] = {"seconds": statistics.fmean(summary[step]["seconds"] for summary in summaries)}
         for metric in METRICS:
             values = [summary[step][metric] for summary in summaries]
-            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-            row[metric] = {"values": values, "mean": statistics.fmean(values), "std": deviation}
+            row[metric] = {"values": values, "mean": None, "std": None}
+            if None not in values:  # as on validation images without instances
+                deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+                row[metric] |= {"mean": statistics.fmean(values), "std": deviation}
         table[step] = row
     return table
 
@@ -71,7 +83,8 @@ def format_table(table: dict[str, dict[str, Any]]) -> str:
     """A Markdown table of the aggregate."""
     lines = ["| step | mask AP | AP50 | seconds |", "| --- | --- | --- | --- |"]
     for step, row in table.items():
-        cells = [f"{row[metric]['mean']:.1f} ± {row[metric]['std']:.1f}" for metric in METRICS]
+        found = [(row[metric]["mean"], row[metric]["std"]) for metric in METRICS]
+        cells = ["n/a" if mean is None else f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in found]
         lines.append(f"| {step} | {cells[0]} | {cells[1]} | {row['seconds']:.0f} |")
     return "\n".join(lines)
 
@@ -97,16 +110,20 @@ def _run(seed: int, options: argparse.Namespace) -> int:
     command = command_of(seed, options)
     if options.parallel == 1:
         return subprocess.run(command, check=False).returncode
-    cores = _cores(options.seeds.index(seed), options.parallel)
     options.workdir.mkdir(parents=True, exist_ok=True)
-    with _output(options, seed).open("ab") as output:
-        return subprocess.run(
-            command,
-            check=False,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
-        ).returncode
+    cores, gpus = slot = options.slots.get()
+    try:
+        with _output(options, seed).open("ab") as output:
+            return subprocess.run(
+                command,
+                check=False,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
+                preexec_fn=lambda: os.sched_setaffinity(0, cores),
+            ).returncode
+    finally:
+        options.slots.put(slot)
 
 
 def _output(options: argparse.Namespace, seed: int) -> Path:
@@ -118,6 +135,19 @@ def _cores(position: int, parallel: int) -> list[int]:
     """A share of this process's cores: XLA:CPU takes all it may use, and parallel seeds would wait for each other."""
     cores = sorted(os.sched_getaffinity(0))
     return cores[position % parallel :: parallel] or cores
+
+
+def _gpus() -> list[str]:
+    """The names of this process's NVIDIA GPUs, as CUDA_VISIBLE_DEVICES has them; none without its driver."""
+    if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
+        return []
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in visible.split(",") if name]
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [str(number) for number in range(len(listed.splitlines()))]
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ FLOORS = (
     ("preflight",),
     ("settings", "workdir"),
     ("convert", "predict_command"),
-    ("trainer", "predict", "labelling", "report", "export", "check_data"),
+    ("trainer", "predict", "labelling", "provenance", "report", "export", "check_data"),
     ("recipes",),
     ("models", "losses", "contrastive", "data", "evaluation", "visualize"),
     ("core",),

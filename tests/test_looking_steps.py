@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from tiny import drawn
 
-from cast_jax import pipeline
+from cast_jax import pipeline, provenance
 from cast_jax.core.annotations import Detections, encode_mask
 from cast_jax.core.errors import UserError
 from cast_jax.core.files import write_json
@@ -91,9 +91,10 @@ def test_a_step_records_its_pseudo_labels_and_goes_on_with_no_others(workdir, tm
     writer.write_shard(0, [truth_as_detections(truth) for _ in range(len(pool))])
     writer.finish()
     before = len(made._unlabelled("adapt").instances(0))
+    provenance.record(tmp_path / "adapt", made._made_from("adapt"))
     recorded = json.loads((tmp_path / "adapt" / "pseudo_labels.json").read_text())
     assert (recorded["pseudo_labels"], recorded["model_hash"], recorded["reviewed"]) == ("finetuned", "abc", "")
-    made._unlabelled("adapt")  # going on with the same ones
+    provenance.record(tmp_path / "adapt", made._made_from("adapt"))  # going on with the same ones
     content = export_labels(folder)
     content["annotations"] = content["annotations"][1:]
     write_json(tmp_path / "labels.json", content)
@@ -102,11 +103,12 @@ def test_a_step_records_its_pseudo_labels_and_goes_on_with_no_others(workdir, tm
     (tmp_path / "adapt" / "exported" / "last.safetensors").touch()
     write_json(tmp_path / "adapt" / "done.json", {"step": 1})
     made.train("adapt")
-    assert "adapt was trained on other pseudo-labels than" in caplog.text
+    assert "adapt was made from other pseudo-labels than" in caplog.text
     (tmp_path / "adapt" / "done.json").unlink()
-    with pytest.raises(UserError, match=r"(?s)began with other pseudo-labels; delete it.*finetuned\.reviewed: '' -> '"):
-        made._unlabelled("adapt")
+    with pytest.raises(UserError, match=r"(?s)began with other pseudo-labels; delete it.*labels\.reviewed: '' -> '"):
+        made.train("adapt")
     shutil.rmtree(tmp_path / "adapt")
+    provenance.record(tmp_path / "adapt", made._made_from("adapt"))
     assert len(made._unlabelled("adapt").instances(0)) == before - 1
     assert len(json.loads((tmp_path / "adapt" / "pseudo_labels.json").read_text())["reviewed"]) == 16
 

@@ -58,6 +58,27 @@ def test_seeds_that_run_together_leave_what_they_say(script, monkeypatch, tmp_pa
     assert (tmp_path / "seed1.out").read_text() == "no such 1\n"
 
 
+def test_runs_beside_each_other_share_the_gpus(script, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(script, "command_of", lambda *_: ["sh", "-c", "echo $CUDA_VISIBLE_DEVICES; exit 1"])
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    arguments = ("--config", "c.py:cast", "--workdir", tmp_path, "--seeds", 0, 1, 2, "--parallel", 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
+    with pytest.raises(SystemExit, match="failed"):
+        call(script, monkeypatch, *arguments)
+    given = [(tmp_path / f"seed{seed}.out").read_text().strip() for seed in range(3)]
+    assert set(given) == {"3,7", "5"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(SystemExit):
+        call(script, monkeypatch, *arguments)
+    assert "there are fewer GPUs (1)" in capsys.readouterr().err
+
+
+def test_a_step_without_a_figure_leaves_the_others_theirs(script):
+    row = {"mask_ap": None, "mask_ap50": 2.0, "seconds": 3.0}
+    table = script.aggregate([{"distill": row}, {"distill": {**row, "mask_ap": 1.0}}])
+    assert script.format_table(table).splitlines()[-1] == "| distill | n/a | 2.0 ± 0.0 | 3 |"
+
+
 def test_what_has_no_table_is_said(script, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(script, "command_of", lambda seed, options: ["true"])
     with pytest.raises(SystemExit, match=r"seeds \[3\] left no results: c\.py:check_data trains nothing"):
@@ -65,6 +86,7 @@ def test_what_has_no_table_is_said(script, monkeypatch, tmp_path, capsys):
     for arguments, message in (
         (("c.py:cast", 1, 1), "names one twice"),
         (("c.py:cast,seed=3", 1, 2), "--config says seed="),
+        (("c.py:cast", 1, 2, "--", "--config.seed=5"), "--config.seed=5 says seed="),
     ):
         with pytest.raises(SystemExit):
             call(script, monkeypatch, "--config", arguments[0], "--workdir", tmp_path, "--seeds", *arguments[1:])

@@ -37,6 +37,16 @@ def test_steps_that_have_not_begun_may_be_corrected(tmp_path):
             require_same(config(change), tmp_path)
 
 
+def test_an_evaluation_without_training_is_a_result_too(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(to_json(config())))
+    other = config(lambda values: values["init"].update(teacher="elsewhere"))
+    require_same(other, tmp_path)
+    (tmp_path / "zero_shot").mkdir()
+    (tmp_path / "zero_shot" / "done.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config\.init\.teacher: .* -> 'elsewhere'"):
+        require_same(other, tmp_path)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -48,6 +58,7 @@ def test_steps_that_have_not_begun_may_be_corrected(tmp_path):
         lambda values: values["model"]["student"]["encoder"].update(remat="blocks"),
         lambda values: values["model"]["teacher"].update(encoder={"remat": "none"}),  # of which nothing was said before
         lambda values: values["mesh"].update(fsdp=8),
+        lambda values: values.update(pipeline=("finetune",)),
     ],
 )
 def test_what_changes_no_result_may_change_under_way(change, tmp_path):

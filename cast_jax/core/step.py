@@ -130,7 +130,7 @@ class TrainStep:
         logger.info("compiling the %s step done in %.1f s", name, time.monotonic() - begin)
         _report_memory(name, memory_bytes(self.program), memory_limit())
         if jax.config.jax_debug_nans:  # type: ignore[attr-defined]
-            self.program = jitted  # only a call through jit goes on to find the operation
+            self.program = functools.partial(self._debugged, jitted)
 
     def __call__(
         self, state: TrainState, frozen: dict[str, Any], batch: Any
@@ -138,6 +138,11 @@ class TrainStep:
         """(new state, metrics, whether loss and gradients were finite). ``state`` is donated; nothing is waited for."""
         assert self.program is not None, "compile first"
         return self.program(state, frozen, batch, self._key)
+
+    def _debugged(self, jitted: Any, *arguments: Any) -> Any:
+        """Only a call through jit, which traces again, goes on to find the operation that made a NaN."""
+        with jax.set_mesh(self.mesh):
+            return jitted(*arguments)
 
     @functools.cached_property
     def _key(self) -> PRNGKeyArray:

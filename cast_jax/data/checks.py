@@ -35,6 +35,7 @@ class SourceReport:
         ``max_instances``, and the instances that exceed it.
       unreadable: what is wrong with each image that cannot be used.
       digests: of the usable images' pixels, see :func:`cast_jax.data.sources.base.pixel_digest`.
+      pixels, content: a name of all of them in their order, and one of their ids and annotations, too.
       links_out, turned: file names of images that are links (or whose annotations are) to outside their folder, and of
         those with an EXIF orientation.
     """
@@ -48,6 +49,8 @@ class SourceReport:
     cut: int
     unreadable: tuple[str, ...]
     digests: tuple[str, ...]
+    pixels: str
+    content: str
     links_out: tuple[str, ...]
     turned: tuple[str, ...]
 
@@ -149,8 +152,8 @@ def check_source(
     if not total:
         raise DataError(f"the {name} source has no images")
 
-    def look(index: int) -> tuple[int, str] | str:
-        """The number of instances and the pixels' digest, or what is wrong."""
+    def look(index: int) -> tuple[int, str, str] | str:
+        """The number of instances, the digests of pixels and annotation, or what is wrong."""
         path = source.record(index).path
         try:
             digest = seen[path] if seen is not None and path.is_file() else None
@@ -158,7 +161,10 @@ def check_source(
                 digest = pixel_digest(source.image(index))
                 if seen is not None:
                     seen[path] = digest
-            return len(source.instances(index)) if source.categories else 0, digest
+            if not source.categories:
+                return 0, digest, ""
+            truth = source.instances(index)
+            return len(truth), digest, _name_of(truth.labels, np.packbits(truth.masks), np.packbits(truth.ignore))
         except DataError as error:
             return str(error)
 
@@ -175,7 +181,8 @@ def check_source(
     if not len(usable):
         raise DataError(f"the {name} source has no readable image among {total}; the first: {faults[0]}")
     sound = [result for result in found if not isinstance(result, str)]
-    counts = np.asarray([count for count, _ in sound], np.int64)
+    counts = np.asarray([count for count, _, _ in sound], np.int64)
+    digests, truths = tuple(digest for _, digest, _ in sound), tuple(truth for _, _, truth in sound)
     records = [source.record(index) for index in usable]
     excess = np.zeros_like(counts) if max_instances is None else np.maximum(counts - max_instances, 0)
     report = SourceReport(
@@ -187,13 +194,24 @@ def check_source(
         over_cap=int((excess > 0).sum()),
         cut=int(excess.sum()),
         unreadable=faults,
-        digests=tuple(digest for _, digest in sound),
+        digests=digests,
+        pixels=_name_of(*digests),
+        content=_name_of(*(str(record.image_id) for record in records), *digests, *truths),
         links_out=tuple(record.file_name for record in records if leaves_folder(record)),
         turned=tuple(r.file_name for r in records if r.path.is_file() and orientation(r.path) != 1),
     )
     annotated = f", {report.instances} instances, {report.empty} images without any" if source.categories else ""
     _LOG.info(f"{name}: {total} images{annotated}")
     return report
+
+
+def _name_of(*parts: str | np.ndarray) -> str:
+    """16 hexadecimal digits that tell these parts from others."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else np.ascontiguousarray(part).tobytes()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
 
 
 def _shared_images(reports: Mapping[str, SourceReport]) -> list[str]:

@@ -15,6 +15,7 @@ from pycocotools import mask as coco_mask
 from cast_jax.core.annotations import encode_mask
 from cast_jax.core.errors import DataError
 from cast_jax.core.files import atomic_write
+from cast_jax.data.checks import SourceReport
 from cast_jax.data.micrographs import write_micrographs
 from cast_jax.data.scenes import write_scenes
 from cast_jax.data.scenes_ade20k import write_as_ade20k
@@ -29,12 +30,17 @@ from cast_jax.data.splits import read_split, split_indices
 
 @dataclasses.dataclass(frozen=True)
 class Datasets:
-    """Labelled and unlabelled training images, validation images, and what a stand-in teacher is pretrained on."""
+    """Labelled and unlabelled training images, validation images, and what a stand-in teacher is pretrained on.
+
+    Attributes:
+      reports: by name what the look at them found, once they have been looked at.
+    """
 
     labelled: Source
     unlabelled: Source
     val: Source
     pretrain: Source | None = None
+    reports: Mapping[str, SourceReport] = dataclasses.field(default_factory=dict)
 
     def of_the_task(self) -> dict[str, Source]:
         """All by name but what a teacher is pretrained on."""

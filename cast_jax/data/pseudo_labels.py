@@ -63,6 +63,7 @@ class PseudoLabelWriter:
       threshold: instances with a lower score are dropped.
       max_iou: of two instances that overlap by more, the one with the lower score is dropped (1: only if repeated).
       shard_size: images a shard.
+      pixels: names what the images show, whatever their files are called.
 
     Raises:
       DataError: the folder holds the labels of another model, threshold, pool or category list; says the difference.
@@ -77,6 +78,7 @@ class PseudoLabelWriter:
         threshold: float,
         max_iou: float = 1.0,
         shard_size: int = 256,
+        pixels: str = "",
     ):
         if not len(source) or shard_size < 1 or not 0 <= threshold <= 1:
             raise DataError(
@@ -91,11 +93,12 @@ class PseudoLabelWriter:
             "shard_size": int(shard_size),
             "images": len(source),
             "images_hash": hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).hexdigest()[:16],
+            "pixels_hash": pixels,
             "categories": [dataclasses.asdict(category) for category in self.categories],
         }
         path = self.folder / MANIFEST
         if path.exists():
-            known = read_json(path)
+            known = {"pixels_hash": pixels, **read_json(path)}  # which earlier stores lack
             if different := [
                 f"{key} {known.get(key)!r}, not {value!r}" for key, value in manifest.items() if known.get(key) != value
             ]:
@@ -257,7 +260,14 @@ class PseudoLabels:
         number, offset = self.places[image_id]
         with open(self.folder / shard_name(number), "rb") as file:
             file.seek(offset)
-            return json.loads(file.readline())
+            line = file.readline()
+        try:
+            found = json.loads(line)
+        except ValueError:
+            found = {}
+        if found.get("image_id") != image_id:
+            raise DataError(f"{file.name}: was replaced while it was read; run the same command again")
+        return found
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """All lines, in the order of the source, one at a time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from cast_jax.core.annotations import decode_mask
 from cast_jax.core.errors import DataError
-from cast_jax.core.files import atomic_write, read_json, write_json
+from cast_jax.core.files import LOCK, atomic_write, only_writer, read_json, write_json
 from cast_jax.data.pseudo_labels import MANIFEST, STATISTICS, PseudoLabels, shard_name, shards, write_statistics
 from cast_jax.data.sources.base import name_some
 from cast_jax.data.sources.coco import Coco, encode_segmentation, read_annotations
@@ -72,9 +73,17 @@ def import_labels(folder: str | os.PathLike[str], reviewed: str | os.PathLike[st
 
     Raises:
       DataError: the JSON is no COCO JSON, or has other images, sizes or categories than the store; nothing is changed.
+      UserError: a run is at work on these labels.
     """
     folder, reviewed = Path(folder), Path(reviewed)
+    run = folder.resolve().parents[1] if folder.resolve().parent.name == "pseudo_labels" else folder
     finish_import(folder)
+    # A step that trains on these labels reads them as it goes; where nothing ever ran there is nobody to keep out.
+    with only_writer(run) if (run / LOCK).exists() else contextlib.nullcontext():
+        return _import_labels(folder, reviewed)
+
+
+def _import_labels(folder: Path, reviewed: Path) -> dict[str, Any]:
     store = PseudoLabels.open(folder)
     Coco(reviewed, images=folder, categories=store.categories)  # finds everything that is wrong with a JSON
     content = read_annotations(reviewed)

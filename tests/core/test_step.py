@@ -23,7 +23,7 @@ EIGHT_DEVICES = """
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 import numpy as np
-from test_step import rows, updated
+from test_step import Regression, rows, updated
 from cast_jax.core import sharding
 from cast_jax.core.compiled import collective_bytes
 
@@ -32,6 +32,17 @@ numbers = sharding.shard_batch({"x": np.arange(32)}, mesh)
 split = jax.jit(lambda batch: sharding.micro_batches(batch, 2, mesh)).lower(numbers).compile()
 assert split(numbers)["x"].tolist() == [list(range(0, 32, 2)), list(range(1, 32, 2))]
 assert collective_bytes(split) == {}
+
+class Looked(Regression):
+    axes = []
+
+    def loss_fn(self, *arguments):
+        self.axes.append(sharding.batch_axes())
+        return super().loss_fn(*arguments)
+
+with jax.debug_nans(True):  # where an update is a call that may trace it again
+    updated(rows(32), 1, mesh, Looked)
+assert set(Looked.axes) == {sharding.AXES}
 
 sharding.SMALL = 1
 one = updated(rows(32), 2, sharding.make_mesh({"data": 1}, jax.devices()[:1]))

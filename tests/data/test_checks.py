@@ -73,6 +73,17 @@ def test_a_sound_dataset_is_counted_and_returned_as_it_is(tmp_path, caplog):
     assert "labelled: 4 images, 9 instances, 1 images without any" in caplog.text
 
 
+def test_what_images_show_and_what_is_said_of_them_has_names(tmp_path):
+    look = lambda source: check_source("labelled", source, None)
+    before = look(_coco(tmp_path, "set", [2, 1]))
+    assert look(Coco(tmp_path / "set.json")).content == before.content
+    fewer = look(_coco(tmp_path, "set", [1, 1]))
+    assert (fewer.pixels == before.pixels, fewer.content == before.content) == (True, False)
+    Image.fromarray(_picture("other", 0)).save(tmp_path / "set" / "0.png")
+    other = look(Coco(tmp_path / "set.json"))
+    assert len({other.pixels, fewer.pixels}) == len({other.content, fewer.content}) == 2
+
+
 def test_instances_over_the_cap_are_a_warning(tmp_path, caplog):
     report = check_sources(
         _coco(tmp_path, "labelled", [3, 0, 5, 2]), None, _coco(tmp_path, "val", [4]), max_instances=2

@@ -187,6 +187,18 @@ def test_another_pool_is_refused(tmp_path, images):
         _writer(tmp_path / "store", Subset(images, [0, 1, 2, 3]))
 
 
+def test_the_same_names_for_other_pictures_are_refused(tmp_path, images):
+    make = lambda **pixels: PseudoLabelWriter(tmp_path / "store", images, _CATEGORIES, "abc", threshold=0.3, **pixels)
+    make(pixels="one")
+    make(pixels="one")
+    with pytest.raises(DataError, match="pixels_hash 'one', not 'other'"):
+        make(pixels="other")
+    path = tmp_path / "store" / "manifest.json"
+    earlier = {key: value for key, value in json.loads(path.read_text()).items() if key != "pixels_hash"}
+    path.write_text(json.dumps(earlier))  # as they were written before pixels had a name
+    make(pixels="other")
+
+
 def test_detections_must_fit_their_shard_and_their_images(tmp_path, images):
     writer = _writer(tmp_path / "store", images)
     with pytest.raises(ValueError, match="shard 0 has 2 images, not 1"):

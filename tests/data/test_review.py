@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -13,7 +15,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from cast_jax.core.annotations import Category, Detections, decode_mask, encode_mask
-from cast_jax.core.errors import DataError
+from cast_jax.core.errors import DataError, UserError
 from cast_jax.core.files import read_json, write_json
 from cast_jax.data.pseudo_labels import PseudoLabels, PseudoLabelWriter
 from cast_jax.data.review import export_labels, finish_import, import_labels
@@ -83,6 +85,28 @@ def test_an_import_that_was_stopped_half_way_is_finished(store, tmp_path):
     assert PseudoLabels.open(store).reviewed == reviewed
     finish_import(store)
     assert PseudoLabels.open(store).reviewed == reviewed
+
+
+def test_labels_that_a_run_trains_on_stay(store, tmp_path):
+    (tmp_path / "run" / "pseudo_labels").mkdir(parents=True)
+    store = store.rename(tmp_path / "run" / "pseudo_labels" / "adapted")
+    write_json(tmp_path / "labels.json", export_labels(store))
+    program = "import sys, time; from pathlib import Path; from cast_jax.core.files import only_writer\n"
+    program += "with only_writer(Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "run")], stdout=subprocess.PIPE) as run:
+        assert run.stdout.readline() == b"in\n"
+        with pytest.raises(UserError, match=f"another run is at work in {tmp_path / 'run'}"):
+            import_labels(store, tmp_path / "labels.json")
+        run.kill()
+    assert PseudoLabels.open(store).reviewed == ""
+    read = PseudoLabels.open(store).read
+    assert read("b.png")["image_id"] == "b.png"
+    content = export_labels(store)
+    del content["annotations"][0]
+    write_json(tmp_path / "labels.json", content)
+    import_labels(store, tmp_path / "labels.json")
+    with pytest.raises(DataError, match=r"shard-00000\.jsonl: was replaced while it was read"):
+        read("b.png")
 
 
 def test_pycocotools_reads_the_export(store, tmp_path, capsys):

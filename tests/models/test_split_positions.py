@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 
-
 EIGHT_DEVICES = """
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
