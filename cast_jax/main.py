@@ -80,9 +80,6 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
     """The entry point."""
-    # Configuration files import configs/common.py: from here, or from where they lie themselves.
-    files = [argument.removeprefix("--config=").partition(".py")[0] for argument in sys.argv[1:] if ".py" in argument]
-    sys.path[:0] = [str(Path.cwd()), *(str(Path(file).resolve().parent.parent) for file in files)]
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)
 
@@ -91,6 +88,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     """Parses the flags and loads the configuration; what is wrong with them ends with a line and exit code 1."""
     fields = [found for argument in argv if (found := _FIELD.fullmatch(argument))]
     others = [argument for argument in argv if not _FIELD.fullmatch(argument)]
+    # Configuration files import configs/common.py: from here, or from where they lie themselves.
+    files = [argument.removeprefix("--config=").partition(".py")[0] for argument in argv[1:] if ".py" in argument]
+    sys.path[:0] = [str(Path.cwd()), *(str(Path(file).resolve().parent.parent) for file in files)]
     sys.argv = others  # where ml_collections looks for what the configuration must have
     try:
         rest = flags.FLAGS(others)

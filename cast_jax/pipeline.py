@@ -1,4 +1,4 @@
-"""The steps of CAST in order, each finding its predecessor in the workdir (method.md section 1).
+"""The steps of CAST in order, each finding its predecessor in the workdir (the paper's section 3.3).
 
 A step that is finished is not run again, and a step that was stopped continues, so running the same command again
 always ends in the same workdir.

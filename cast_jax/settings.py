@@ -107,7 +107,7 @@ class EvaluateConfig:
     """How trained models are looked at.
 
     Attributes:
-      step: which trained step ``:evaluate`` looks at; empty for the last one.
+      step: which trained step ``:evaluate`` looks at; empty for ``refine``, or the next of ``preflight.EVALUATED``.
       batch_size, max_detections, min_score: see :class:`cast_jax.predict.Predictor`.
       overlays: validation images that are drawn with their predictions.
     """

@@ -110,7 +110,7 @@ def base(arguments: FrozenConfigDict, file: str) -> ConfigDict:
     config.pseudo_labels = {"threshold": 0.3, "max_iou": 0.5, "shard_size": 256}  # max_iou (chosen)
     config.audit = {"share": 0.25, "seed": 0, "pictures": 8}
     config.evaluate = {
-        "step": "",  # which trained step `:evaluate` looks at; empty: the last one
+        "step": "",  # which trained step `:evaluate` looks at; empty: refine, else distill, ... (preflight.EVALUATED)
         "batch_size": 8,
         "max_detections": 100,
         "min_score": 0.01,

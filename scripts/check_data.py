@@ -21,6 +21,7 @@ from cast_jax.check_data import check_data
 from cast_jax.core.errors import DataError, UserError
 from cast_jax.data.datasets import open_datasets
 from cast_jax.data.sources.base import Source
+from cast_jax.data.sources.cityscapes import Cityscapes
 from cast_jax.data.sources.coco import Coco
 from cast_jax.data.sources.folder import ImageFolder
 from cast_jax.settings import DataConfig
@@ -43,13 +44,15 @@ def main() -> None:
     parser.add_argument("--max-instances", type=int, default=100, help="slots for an image's instances (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("check_data"), help="folder for the report (%(default)s)")
     options = vars(parser.parse_args())
+    if options["kind"] != "coco" and not options["labelled"].isdigit() and options["labelled"]:
+        parser.error(f"--labelled is {options['labelled']!r}; of {options['kind']} it is a number of images")
     folder, labelled = options.pop("output"), options.pop("labelled")
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     try:
         data = DataConfig(
             **options,
             image_size=(1, 1),
-            labelled=labelled if options["kind"] == "coco" else int(labelled or 1),
+            labelled=labelled if options["kind"] == "coco" else int(labelled or 0),
             on_unreadable="skip",
         )
         check_data(_open(data, folder), data.max_instances, folder)
@@ -58,7 +61,9 @@ def main() -> None:
 
 
 def _open(data: DataConfig, folder: Path) -> dict[str, Source]:
-    """The sets that are given; of a COCO task without a split any of the three will do."""
+    """The sets that are given. Without a split, of a COCO task any of the three will do, and Cityscapes is labelled."""
+    if data.kind == "cityscapes" and data.root and not data.split and not data.labelled:
+        return {"labelled": Cityscapes(data.root, "train"), "val": Cityscapes(data.root, "val")}
     if data.kind != "coco" or data.split:
         return open_datasets(dataclasses.asdict(data), folder).of_the_task()
     sources: dict[str, Source] = {}

@@ -1,8 +1,8 @@
-"""Profiles the update that a run would make: its operations, memory, traffic and time, in all and by part of the model.
+r"""Profiles the update that a run would make: operations, memory, traffic and time, in all and by part of the model.
 
 python scripts/profile_step.py --config configs/cityscapes.py:distill [--config.… as for a run] \
     [--workdir DIR] [--steps N] [--trace DIR] [--hlo FILE] [--json FILE] [--peak TFLOPS] \
-    [--abstract | --gpu h200 | --tpu v5e:2x2]
+    [--classes N] [--instances N] [--abstract | --gpu h200 | --tpu v5e:2x2]
 
 Recipe, sizes, mesh and optimiser are the run's; weights are random. Images are the run's if the configuration names
 some, and noise otherwise; pseudo-labels are those in the workdir, or else the labelled images take their place.
@@ -160,6 +160,5 @@ def timed(step: TrainStep, state: Any, batch: Any) -> tuple[Any, float]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path.cwd()))  # configuration files import configs/common.py
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

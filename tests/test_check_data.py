@@ -84,7 +84,14 @@ def test_the_script(run, monkeypatch, capfd):
     next((folder / "val").iterdir()).write_bytes(b"")
     with pytest.raises(SystemExit, match="error: 1 errors"):
         script.main()
-    monkeypatch.setattr("sys.argv", ["check_data.py", "cityscapes", "--root", str(workdir / "data" / "target")])
+    command = ["check_data.py", "cityscapes", "--root", str(workdir / "data" / "target")]
     monkeypatch.chdir(workdir)
-    script.main()
-    assert json.loads((workdir / "check_data" / "report.json").read_text())["sets"]["unlabelled"]["images"] == 11
+    for more, sizes in (((), {"labelled": 12}), (("--labelled", "1"), {"labelled": 1, "unlabelled": 11})):
+        monkeypatch.setattr("sys.argv", [*command, *more])
+        script.main()
+        sets = json.loads((workdir / "check_data" / "report.json").read_text())["sets"]
+        assert {name: found["images"] for name, found in sets.items() if name != "val"} == sizes
+    monkeypatch.setattr("sys.argv", [*command, "--labelled", "some"])
+    with pytest.raises(SystemExit) as stopped:
+        script.main()
+    assert stopped.value.code == 2

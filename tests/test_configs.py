@@ -80,7 +80,7 @@ def test_every_step_builds(file):
 
 @pytest.mark.parametrize("file", FILES)
 def test_the_paper_s_order_and_weights(file):
-    """What each step starts from, and which terms it has (method.md, section 1)."""
+    """What each step starts from, and which terms it has (the paper's section 3.3)."""
     config = get_config(file)
     order = [name for name in config.pipeline if name != "pretrain"]
     assert order[:6] == ["finetune", "pseudo_label/finetuned", "adapt", "pseudo_label/adapted", "distill", "refine"]

@@ -1,4 +1,4 @@
-"""The set-prediction loss of method.md section 2: matching, mask BCE + dice, class cross-entropy, deep supervision.
+"""The set-prediction loss: matching, mask BCE + dice, class cross-entropy, deep supervision.
 
 Follows Mask2Former (Cheng et al. 2022; ``criterion.py`` and ``matcher.py`` of the reference implementation).
 """

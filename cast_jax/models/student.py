@@ -1,4 +1,4 @@
-"""The student: encoder, DPT or FPN decoder, masked-attention transformer decoder (method.md section 4).
+"""The student: encoder, DPT or FPN decoder, masked-attention transformer decoder.
 
 The small teachers of the demo and of data without a foundation model are larger members of the same family.
 """
@@ -88,7 +88,7 @@ class Student(nnx.Module):
 
 
 class ProjectionHead(nnx.Module):
-    """Two-layer MLP to L2-normalised pixel embeddings (method.md section 3)."""
+    """Two-layer MLP to L2-normalised pixel embeddings (the paper's section 3.2)."""
 
     def __init__(self, feature_dim: int, embedding_dim: int = 128, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.hidden = Linear(feature_dim, embedding_dim, dtype=dtype, rngs=rngs)

@@ -1,4 +1,4 @@
-"""The one objective of every stage (method.md section 1): L = L_sup + lambda_pl L_pl + lambda_pxl L_pxl.
+"""The one objective of every stage (the paper's section 3.3): L = L_sup + lambda_pl L_pl + lambda_pxl L_pxl.
 
 With both weights zero and no unlabelled batch it is plain supervised training (finetune, refine, the baseline).
 """

@@ -48,7 +48,7 @@ def projection_head(features: int) -> torch.nn.Module:
 
 @torch.no_grad()
 def pseudo_probability(mask_logits: torch.Tensor, class_logits: torch.Tensor) -> torch.Tensor:
-    """The fused map (method.md section 3): instance probabilities beside class probabilities of each pixel."""
+    """The fused map (the paper's section 3.2): instance probabilities beside class probabilities of each pixel."""
     masks = mask_logits.softmax(1)
     classes = torch.einsum("bqhw,bqc->bchw", masks, class_logits.softmax(-1))
     return torch.cat([masks, classes], 1)
