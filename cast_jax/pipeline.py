@@ -346,7 +346,10 @@ class Pipeline:
     def zero_shot(self) -> None:
         """Evaluates the teacher as ``config.init`` gives it, without any training; does nothing if that is done."""
         folder, starts = self.workdir / "zero_shot", initial_weights(self.config, "teacher")
-        made_from = {"weights": {start.where: weights_hash(start.path) for start in starts}}
+        made_from = {
+            "weights": {start.where: weights_hash(start.path) for start in starts},
+            "images": {"val": self.datasets.reports["val"].content},
+        }
         if distributed.agreed(bool(finished(folder))):
             logger.info("zero_shot: finished already")
             warn_of_others(folder, made_from)

@@ -19,20 +19,22 @@ KINDS = {"weights": "weights to start from", "pseudo_labels": "pseudo-labels", "
 
 
 def record(step: Path, made_from: Made) -> None:
-    """Writes ``<kind>.json`` of each kind in a step's folder, if it is not there.
+    """Writes ``<kind>.json`` of each kind in a step's folder; once the step has a checkpoint, these stay.
 
     Raises:
-      UserError: the step began with other weights or pseudo-labels. Of other images a warning tells.
+      UserError: it has one, and was trained on other pseudo-labels so far. Of other weights, which its checkpoint has
+        taken the place of, and of other images a warning tells.
     """
+    begun = any(step.glob("checkpoints/*"))
     for kind, used in made_from.items():
         path = step / f"{kind}.json"
-        if not path.exists():
+        if not (begun and path.exists()):
             write_json(path, used)
         elif lines := _differences(path, used):
             began, listed = f"{step} began with other {KINDS[kind]}", "\n  ".join(lines)
-            if kind != "images":
-                raise UserError(f"{began}; delete it to train with these. They differ in\n  {listed}")
-            logger.warning("%s, and goes on with these. They differ in\n  %s", began, listed)
+            if kind == "pseudo_labels":
+                raise UserError(f"{began}; delete it to train on these. They differ in\n  {listed}")
+            logger.warning("%s, and goes on all the same; delete it to begin anew. They differ in\n  %s", began, listed)
 
 
 def warn_of_others(step: Path, made_from: Made) -> None:

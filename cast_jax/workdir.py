@@ -40,15 +40,19 @@ def require_same(config: Mapping[str, Any], workdir: Path) -> None:
       UserError: listing the differences.
     """
     path = workdir / "config.json"
-    patterns = ("*/checkpoints/*", "*/exported/*", "pseudo_labels/*", "zero_shot/done.json")
+    patterns = ("*/checkpoints/*", "*/exported/*", "pseudo_labels/*")
     begun = {found.relative_to(workdir).parts[0] for pattern in patterns for found in workdir.glob(pattern)}
-    if not path.exists() or not begun:
+    looked_at = not begun and (workdir / "zero_shot" / "done.json").exists()
+    if not path.exists() or not (begun or looked_at):
         return
+    new = _settled(to_json(config), begun)
     try:
         stored = _settled(read_json(path), begun)
+        if looked_at:
+            stored, new = _of_zero_shot(stored), _of_zero_shot(new)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path}: is not the configuration of a run ({error}); use another --workdir") from error
-    if lines := differences(stored, _settled(to_json(config), begun)):
+    if lines := differences(stored, new):
         listed = "\n  ".join(lines[:20])
         raise UserError(
             f"{workdir} was made with another configuration; use another --workdir. It differs in\n  {listed}"
@@ -78,6 +82,12 @@ def _settled(config: Mapping[str, Any], begun: set[str]) -> dict[str, Any]:
         for role, spec in config["model"].items()
     }
     return _without(config, *free) | {"steps": steps, "data": data, "model": model}
+
+
+def _of_zero_shot(settled: Mapping[str, Any]) -> dict[str, Any]:
+    """What figures depend on for which nothing was trained."""
+    teachers = {part: {"teacher": settled[part].get("teacher")} for part in ("model", "init")}
+    return {"data": settled["data"], **teachers}
 
 
 def _without(values: Any, *names: str) -> Any:

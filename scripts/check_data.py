@@ -2,7 +2,7 @@
 
 python scripts/check_data.py coco [--labelled labelled.json] [--unlabelled images/] [--val val.json]
 python scripts/check_data.py cityscapes --root PATH [--split FILE]
-python scripts/check_data.py ade20k --root PATH --split FILE
+python scripts/check_data.py ade20k --root PATH [--split FILE]
 
 Counts images, instances, classes, sizes, empty and unreadable images, boxes outside, instances over the cap, and the
 same pixels in two sets; writes a report and sheets of samples with their masks. A run's own data, by its configuration:
@@ -20,6 +20,7 @@ from pathlib import Path
 from cast_jax.check_data import check_data
 from cast_jax.core.errors import DataError, UserError
 from cast_jax.data.datasets import open_datasets
+from cast_jax.data.sources.ade20k import Ade20k
 from cast_jax.data.sources.base import Source
 from cast_jax.data.sources.cityscapes import Cityscapes
 from cast_jax.data.sources.coco import Coco
@@ -61,9 +62,11 @@ def main() -> None:
 
 
 def _open(data: DataConfig, folder: Path) -> dict[str, Source]:
-    """The sets that are given. Without a split, of a COCO task any of the three will do, and Cityscapes is labelled."""
-    if data.kind == "cityscapes" and data.root and not data.split and not data.labelled:
-        return {"labelled": Cityscapes(data.root, "train"), "val": Cityscapes(data.root, "val")}
+    """The sets that are given. Without a split, of a COCO task any of the three will do; others are all labelled."""
+    if data.kind != "coco" and data.root and not data.split and not data.labelled:
+        if data.kind == "cityscapes":
+            return {"labelled": Cityscapes(data.root, "train"), "val": Cityscapes(data.root, "val")}
+        return {"labelled": Ade20k(data.root, "training"), "val": Ade20k(data.root, "validation")}
     if data.kind != "coco" or data.split:
         return open_datasets(dataclasses.asdict(data), folder).of_the_task()
     sources: dict[str, Source] = {}

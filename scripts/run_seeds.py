@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,14 @@ def main() -> None:
     fixed = [text for text in options.overrides if text.startswith("--config.seed") and "{seed}" not in text]
     if ",seed=" in options.config or fixed:
         parser.error(f"{fixed[0] if fixed else '--config'} says seed=, which --seeds does")
+    options.parallel = min(options.parallel, len(options.seeds))
     gpus = _gpus() if options.parallel > 1 else []
     if gpus and len(gpus) < options.parallel:
         parser.error(f"--parallel {options.parallel}: there are fewer GPUs ({len(gpus)}), each of which one run fills")
+    share = 1 << (len(gpus) // options.parallel).bit_length() - 1 if gpus else 0  # a power of two divides batches
     options.slots = queue.SimpleQueue[tuple[list[int], list[str]]]()
     for slot in range(options.parallel):
-        options.slots.put((_cores(slot, options.parallel), gpus[slot :: options.parallel]))
+        options.slots.put((_cores(slot, options.parallel), gpus[slot * share : (slot + 1) * share]))
     with ThreadPoolExecutor(options.parallel) as pool:
         codes = list(pool.map(lambda seed: _run(seed, options), options.seeds))
     if failed := [seed for seed, code in zip(options.seeds, codes, strict=True) if code]:
@@ -139,10 +142,11 @@ def _cores(position: int, parallel: int) -> list[int]:
 
 def _gpus() -> list[str]:
     """The names of this process's NVIDIA GPUs, as CUDA_VISIBLE_DEVICES has them; none without its driver."""
-    if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
+    plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+    if os.environ.get("JAX_PLATFORMS", "").startswith("cpu") or not any(map(util.find_spec, plugins)):
         return []
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in visible.split(",") if name]
+        return [name for name in visible.split(",") if name not in ("", "-1")]
     try:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):

@@ -11,6 +11,8 @@ import pytest
 from cast_jax import pipeline
 from cast_jax.core.errors import MissingStepError, UserError
 from cast_jax.core.logging import setup_logging
+from cast_jax.preflight import TEACHERS
+from cast_jax.provenance import KINDS
 from configs import coco
 
 STEPS = ["finetune", "adapt", "distill", "refine", "student_supervised"]
@@ -70,6 +72,16 @@ def test_the_workdir_is_what_the_readme_says(run):
         assert list((run / step / "overlays").glob("*.jpg"))
         assert list((run / step).glob("events.out.tfevents.*"))
     assert [name for name in files if not (run / name).is_file()] == []
+
+
+def test_steps_write_down_what_they_were_made_from(run):
+    kinds = {step: {kind for kind in KINDS if (run / step / f"{kind}.json").is_file()} for step in STEPS}
+    assert kinds["distill"] >= {"pseudo_labels", "images"}
+    assert kinds["adapt"] >= {"pseudo_labels", "images"}
+    assert kinds["refine"] == {"weights", "images"}
+    stores = [json.loads((run / "pseudo_labels" / which / "manifest.json").read_text()) for which in TEACHERS]
+    assert len({store["pixels_hash"] for store in stores}) == 1
+    assert all(len(store["pixels_hash"]) == 16 for store in stores)
 
 
 def test_original_ids_come_back_everywhere(run):

@@ -45,6 +45,7 @@ def test_masks_of_a_folder_become_a_coco_json(inputs, tmp_path, capsys):
         assert 0 <= annotation["score"] <= 1
     assert len(list((tmp_path / "out" / "pictures").iterdir())) == 2
     assert f"{len(annotations)} masks in 3 images" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["pixels_hash"]) == 16
 
     # Again: what is there stays; other thresholds do not mix with it.
     shard = tmp_path / "out" / "shard-00000.jsonl"

@@ -10,25 +10,33 @@ from cast_jax.pipeline import Pipeline
 from cast_jax.provenance import record, warn_of_others
 from configs import demo
 
-MADE = {"weights": {"config.steps.refine.start": "1"}, "images": {"labelled": "2", "unlabelled": "3"}}
+MADE = {
+    "weights": {"config.steps.refine.start": "1"},
+    "images": {"labelled": "2", "unlabelled": "3"},
+    "pseudo_labels": {"content_hash": "4"},
+}
 
 
 def changed(kind, name):
     return {**MADE, kind: {**MADE[kind], name: "other"}}
 
 
-def test_going_on_with_other_weights_is_refused_and_with_other_images_a_warning(tmp_path, caplog):
+def test_what_has_begun_goes_on_with_the_same_labels_and_says_what_else_changed(tmp_path, caplog):
+    record(tmp_path, changed("pseudo_labels", "content_hash"))
+    record(tmp_path, MADE)  # nothing is lost yet
+    assert json.loads((tmp_path / "pseudo_labels.json").read_text()) == MADE["pseudo_labels"]
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     record(tmp_path, MADE)
-    record(tmp_path, MADE)
-    assert json.loads((tmp_path / "weights.json").read_text()) == MADE["weights"]
-    with pytest.raises(
-        UserError, match=r"(?s)began with other weights to start from; delete it .*start: '1' -> 'other'"
-    ):
-        record(tmp_path, changed("weights", "config.steps.refine.start"))
     assert not caplog.records
-    record(tmp_path, changed("images", "labelled"))
-    assert "began with other images or labels, and goes on with these" in caplog.text
-    assert json.loads((tmp_path / "images.json").read_text()) == MADE["images"]
+    with pytest.raises(UserError, match=r"(?s)began with other pseudo-labels; delete it.*content_hash: '4' -> 'other'"):
+        record(tmp_path, changed("pseudo_labels", "content_hash"))
+    for kind, name, said in (
+        ("weights", "config.steps.refine.start", "other weights to start from, and goes on"),
+        ("images", "labelled", "other images or labels, and goes on"),
+    ):
+        record(tmp_path, changed(kind, name))
+        assert said in caplog.text
+        assert json.loads((tmp_path / f"{kind}.json").read_text()) == MADE[kind]
 
 
 def test_what_is_done_is_not_done_again_but_told_to_be_of_others(tmp_path, caplog):

@@ -62,11 +62,16 @@ def test_runs_beside_each_other_share_the_gpus(script, monkeypatch, tmp_path, ca
     monkeypatch.setattr(script, "command_of", lambda *_: ["sh", "-c", "echo $CUDA_VISIBLE_DEVICES; exit 1"])
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     arguments = ("--config", "c.py:cast", "--workdir", tmp_path, "--seeds", 0, 1, 2, "--parallel", 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
+    monkeypatch.setattr(script.util, "find_spec", lambda name: name)  # a plugin of jax
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7,-1")
     with pytest.raises(SystemExit, match="failed"):
         call(script, monkeypatch, *arguments)
     given = [(tmp_path / f"seed{seed}.out").read_text().strip() for seed in range(3)]
-    assert set(given) == {"3,7", "5"}
+    assert set(given) == {"3", "5"}  # a third GPU would divide no batches
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(9))))
+    with pytest.raises(SystemExit, match="failed"):
+        call(script, monkeypatch, *arguments)
+    assert set((tmp_path / "seed0.out").read_text().split()) & {"0,1,2,3", "4,5,6,7"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     with pytest.raises(SystemExit):
         call(script, monkeypatch, *arguments)

@@ -45,6 +45,11 @@ def test_an_evaluation_without_training_is_a_result_too(tmp_path):
     (tmp_path / "zero_shot" / "done.json").write_text("{}")
     with pytest.raises(UserError, match=r"config\.init\.teacher: .* -> 'elsewhere'"):
         require_same(other, tmp_path)
+    with pytest.raises(UserError, match=r"config\.data\.val: .* -> 'other\.json'"):
+        require_same(config(lambda values: values["data"].update(val="other.json")), tmp_path)
+    # What plays no part in it may be decided after it.
+    require_same(config(lambda values: values["init"].update(student="weights")), tmp_path)
+    require_same(config(lambda values: values["pseudo_labels"].update(threshold=0.9)), tmp_path)
 
 
 @pytest.mark.parametrize(

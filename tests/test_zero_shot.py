@@ -54,6 +54,16 @@ def test_it_is_evaluated_and_nothing_is_done_twice(settings, tmp_path, caplog):
         pipeline.run(settings, tmp_path)
     assert "zero_shot: finished already" in caplog.text
     assert (tmp_path / "zero_shot/done.json").stat().st_mtime_ns == written
+    assert "was made from other" not in caplog.text
+    for kind, names in MADE_FROM.items():
+        assert set(json.loads((tmp_path / "zero_shot" / f"{kind}.json").read_text())) == set(names)
+        (tmp_path / "zero_shot" / f"{kind}.json").write_text(json.dumps(dict.fromkeys(names, "other")))
+    pipeline.run(settings, tmp_path)
+    assert "was made from other weights to start from" in caplog.text
+    assert "was made from other images or labels" in caplog.text
+
+
+MADE_FROM = {"weights": ("config.init.teacher.detector", "config.init.teacher.segmenter"), "images": ("val",)}
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,19 @@ def gathered(tree: Any) -> Any:
     return jax.lax.with_sharding_constraint(tree, PartitionSpec()) if batch_axes() else tree
 
 
+def of_own_images(function: Callable[[Any, Any], Any], shared: Any, images: Any) -> Any:
+    """``function(shared, images)``, on each device of its own images, where these divide.
+
+    What it makes of parameters for every pixel of a map then stays where it is: only the parameters are gathered, and
+    only their gradients are added up over devices, not the map's.
+    """
+    axes = batch_axes()
+    if not axes or len(jax.tree.leaves(images)[0]) % jax.sharding.get_abstract_mesh().size:
+        return function(gathered(shared), images)
+    specs = PartitionSpec(), PartitionSpec(axes)
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[1], check_vma=False)(shared, images)
+
+
 def on_one_cpu() -> bool:
     """Whether to compute as is fast on a CPU: image by image, which on a mesh would gather all images everywhere."""
     return target.backend() == "cpu" and not batch_axes()

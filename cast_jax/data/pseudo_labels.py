@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from cast_jax.data.sources.base import Source, image_size, name_some
 
 MANIFEST = "manifest.json"
 STATISTICS = "stats.json"
+logger = logging.getLogger(__name__)
 _HINT = "delete it and run the pseudo_label step again"
 
 
@@ -99,9 +101,15 @@ class PseudoLabelWriter:
         path = self.folder / MANIFEST
         if path.exists():
             known = {"pixels_hash": pixels, **read_json(path)}  # which earlier stores lack
-            if different := [
+            different = [
                 f"{key} {known.get(key)!r}, not {value!r}" for key, value in manifest.items() if known.get(key) != value
-            ]:
+            ]
+            if len(different) == 1 and known["pixels_hash"] != pixels:
+                said = f"{self.folder}: the images show something else than when they were labelled"
+                if not (self.folder / STATISTICS).exists():
+                    raise DataError(f"{said}; delete the folder to label them all")
+                logger.warning("%s; delete the folder to label them anew", said)
+            elif different:
                 raise DataError(f"{path}: has {'; '.join(different)}; delete the folder, or write to another one")
         else:
             write_json(path, manifest)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.core.resize import apply_matrices, interpolation_matrix
-from cast_jax.core.sharding import gathered
+from cast_jax.core.sharding import of_own_images
 from cast_jax.models.attention import attend
 from cast_jax.models.convolution import PatchEmbedding
 from cast_jax.models.layers import REMAT, LayerNorm, LayerScale, Linear, drop_path, dropout, gelu, rematerialise
@@ -258,7 +258,8 @@ class DinoV2(nnx.Module):
 
     def _embed(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch tokens dim"]:
         grid = self.grid(*images.shape[1:3])
-        patches = self.patch_embedding(images) + self._patch_positions(grid).astype(self.dtype)
+        add = lambda table, patches: patches + self._patch_positions(table, grid).astype(self.dtype)
+        patches = of_own_images(add, self.position_embedding[...], self.patch_embedding(images))
         patches = patches.reshape(patches.shape[0], -1, patches.shape[-1])
         prefix = self.class_token[...] + self.position_embedding[...][:1]
         if self.config.num_register_tokens:
@@ -266,11 +267,13 @@ class DinoV2(nnx.Module):
         prefix = jnp.broadcast_to(prefix.astype(self.dtype), (patches.shape[0], *prefix.shape))
         return jnp.concatenate([prefix, patches], axis=1)
 
-    def _patch_positions(self, grid: tuple[int, int]) -> Float[Array, "1 rows columns dim"]:
+    def _patch_positions(
+        self, table: Float[Array, "positions dim"], grid: tuple[int, int]
+    ) -> Float[Array, "1 rows columns dim"]:
         """The position embedding of the patches, resized in the parameters' precision."""
         config = self.config
         side = config.position_grid
-        positions = gathered(self.position_embedding[...])[1:].reshape(1, side, side, -1)  # it is less than the map's
+        positions = table[1:].reshape(1, side, side, -1)
         if grid == (side, side):
             return positions
         matrices = (

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.core.resize import resize
-from cast_jax.core.sharding import gathered
+from cast_jax.core.sharding import of_own_images
 from cast_jax.models.attention import attend
 from cast_jax.models.layers import REMAT, LayerNorm, Linear, drop_path, gelu, rematerialise
 from cast_jax.models.windows import attend_within, from_windows, to_windows
@@ -239,7 +239,8 @@ class Hiera(nnx.Module):
         if height % patch or width % patch or not height or not width:
             raise ValueError(f"image sizes must be multiples of the patch size {patch}, got {height}x{width}")
         features = self.patch_embedding(images.astype(self.dtype))
-        features = features + self._positions(*features.shape[1:3]).astype(self.dtype)
+        add = lambda tables, features: features + _positions(*tables, *features.shape[1:3]).astype(self.dtype)
+        features = of_own_images(add, (self.position[...], self.window_position[...]), features)
         found = {"embedding": features}
         for number, block in enumerate(self.blocks):
             key = None if rngs is None else rngs.dropout()
@@ -250,11 +251,13 @@ class Hiera(nnx.Module):
                 found[f"maps/{self.config.stage_of(number)}"] = level
         return found
 
-    def _positions(self, rows: int, columns: int) -> Float[Array, "rows columns channels"]:
-        """The resized embedding (PyTorch's bicubic), and that of a window, repeated."""
-        window = gathered(self.window_position[...])  # both are less than the map's
-        tiled = jnp.tile(window, (rows // len(window), columns // len(window), 1))
-        return resize(gathered(self.position[...])[None], (rows, columns), method="bicubic")[0] + tiled
+
+def _positions(
+    whole: Float[Array, "_ _ channels"], window: Float[Array, "_ _ channels"], rows: int, columns: int
+) -> Float[Array, "rows columns channels"]:
+    """The embedding of the whole map, resized (PyTorch's bicubic), and that of a window, repeated."""
+    tiled = jnp.tile(window, (rows // len(window), columns // len(window), 1))
+    return resize(whole[None], (rows, columns), method="bicubic")[0] + tiled
 
 
 def normalise(features: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:

@@ -24,7 +24,7 @@ from cast_jax.core.decoded import Decoded, mask_logits
 from cast_jax.core.errors import UserError
 from cast_jax.core.geometry import bilinear_sample, pixel_centres, scale_positions
 from cast_jax.core.resize import resize
-from cast_jax.core.sharding import gathered, over_images
+from cast_jax.core.sharding import of_own_images, over_images
 from cast_jax.models.attention import attend
 from cast_jax.models.layers import LayerNorm, Linear
 from cast_jax.models.stack import Stack
@@ -198,16 +198,12 @@ class MaskDecoder(nnx.Module):
 
         sizes = [(source.shape[1], source.shape[2]) for source in pyramid[: config.num_levels]]
         centres = [scale_positions(pixel_centres(*size), size, (height, width)) for size in sizes]
-        encoded = self._encode(jnp.concatenate(centres), height, width)  # of all levels at once
-        starts = list(accumulate(rows * columns for rows, columns in sizes))[:-1]
-
-        keys, values, seen = [], [], []
-        for level, positions_there in enumerate(jnp.split(encoded, starts)):
-            value = self.level_projections[level](pyramid[level]).reshape(batch, len(positions_there), -1)
-            value = value + self.level_embeddings[level].astype(self.dtype)
-            keys.append(value + positions_there)
-            values.append(value)
+        values, seen = [], []
+        for level, centres_there in enumerate(centres):
+            value = self.level_projections[level](pyramid[level]).reshape(batch, len(centres_there), -1)
+            values.append(value + self.level_embeddings[level].astype(self.dtype))
             seen.append(_resize(mask_features, sizes[level]))
+        keys = self._located(values, centres, height, width)
 
         def read(queries: Array) -> tuple[Array, Array]:
             normed = self.norm(queries)
@@ -244,13 +240,23 @@ class MaskDecoder(nnx.Module):
         shape = (config.num_layers, batch, queries, 3 * dim + config.ffn_dim)
         return jax.random.bernoulli(rngs.dropout(), 1.0 - config.dropout, shape)
 
-    def _encode(self, positions, height: int, width: int):
-        """Projected sine features; learned queries see positions relative to the map, grid queries see pixels."""
+    def _located(self, values: list[Array], positions: list[Array], height: int, width: int) -> list[Array]:
+        """``values`` of [batch, points, dim] with the projected sine features of their [points, 2] ``positions``.
+
+        Learned queries see positions relative to the map, grid queries see pixels.
+        """
+        joined = jnp.concatenate(positions)
         if not self.config.query_stride:
-            positions = positions * (1024.0 / jnp.array([height, width]))
-        encoded = encode_positions(positions, self.config.hidden_dim, 1024.0).astype(self.dtype)
-        graph, parameters = nnx.split(self.position_projection)
-        return nnx.merge(graph, gathered(parameters))(encoded)  # they are less than what they make of a map's positions
+            joined = joined * (1024.0 / jnp.array([height, width]))
+        sines = encode_positions(joined, self.config.hidden_dim, 1024.0).astype(self.dtype)
+        starts = list(accumulate(map(len, positions)))[:-1]
+        graph, projection = nnx.split(self.position_projection)
+
+        def add(projection: nnx.State, values: list[Array]) -> list[Array]:
+            encoded = jnp.split(nnx.merge(graph, projection)(sines), starts)
+            return [value + there for value, there in zip(values, encoded, strict=True)]
+
+        return of_own_images(add, projection, values)
 
     def _anchors(self, height: int, width: int) -> Float[Array, "queries 2"] | None:
         stride = self.config.query_stride
@@ -266,11 +272,12 @@ class MaskDecoder(nnx.Module):
         if anchors is not None:
             seen = over_images(lambda features: bilinear_sample(features, anchors), pixel_map)
             content = content + self.query_projection(seen)
-            positions = positions + self._encode(anchors, height, width)
         dim = self.config.hidden_dim
         num_queries = content.shape[1] if anchors is None else len(anchors)
-        broadcast = lambda x: jnp.broadcast_to(x, (batch, num_queries, dim))
-        return broadcast(content), broadcast(positions)
+        content, positions = (jnp.broadcast_to(x, (batch, num_queries, dim)) for x in (content, positions))
+        if anchors is not None:
+            (positions,) = self._located([positions], [anchors], height, width)
+        return content, positions
 
     def _embed(self, normed, anchors):
         """What of the queries is multiplied with the mask features."""
