@@ -105,6 +105,7 @@ def test_a_step_records_its_pseudo_labels_and_goes_on_with_no_others(workdir, tm
     made.train("adapt")
     assert "adapt was made from other pseudo-labels than" in caplog.text
     (tmp_path / "adapt" / "done.json").unlink()
+    (tmp_path / "adapt" / "checkpoints" / "1").mkdir(parents=True)
     with pytest.raises(UserError, match=r"(?s)began with other pseudo-labels; delete it.*labels\.reviewed: '' -> '"):
         made.train("adapt")
     shutil.rmtree(tmp_path / "adapt")
