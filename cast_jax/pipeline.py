@@ -340,7 +340,9 @@ class Pipeline:
         distributed.barrier()
         values = self._evaluate(predictor, params, folder, exported)
         if exported is not None and distributed.is_first():
-            values |= self._official_ap(exported, folder / "evaluation" / "cityscapes.json")
+            records = map(self.datasets.val.record, range(len(self.datasets.val)))
+            annotations = {str(record.image_id): record.annotation for record in records if record.annotation}
+            values |= cityscapes.write_official_ap(exported, annotations, folder / "evaluation" / "cityscapes.json")
         logger.info("%s: %s", name, "  ".join(f"{key} {value:.2f}" for key, value in values.items()))
 
     def zero_shot(self) -> None:
@@ -368,16 +370,6 @@ class Pipeline:
         rate = len(self.datasets.val) / seconds
         if distributed.is_first():
             write_json(folder / "done.json", done | {"seconds": seconds, "images_per_second": rate})
-
-    def _official_ap(self, exported: Path, path: Path) -> dict[str, float]:
-        if not cityscapes.official_scorer_installed():
-            logger.warning("%s is not scored: pip install 'cast_jax[cityscapes]' and evaluate again", exported)
-            return {}
-        val = self.datasets.val
-        records = [val.record(index) for index in range(len(val))]
-        results = cityscapes.official_ap(exported, {str(r.image_id): r.annotation for r in records if r.annotation})
-        write_json(path, results)
-        return {f"cityscapes_{key}": results[key] for key in ("ap", "ap50") if results[key] is not None}
 
     def pseudo_label(self, which: str) -> None:
         """Labels the unlabelled pool with the finetuned or adapted teacher, shard by shard."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import logging
 import math
 import os
 import types
@@ -32,7 +33,9 @@ from tqdm import tqdm
 
 from cast_jax.core.annotations import Category, Detections, decode_mask
 from cast_jax.core.errors import DataError, UserError
-from cast_jax.core.files import atomic_write
+from cast_jax.core.files import atomic_write, write_json
+
+logger = logging.getLogger(__name__)
 
 LABEL_IDS = {
     "person": 24,
@@ -134,6 +137,16 @@ def official_ap(folder: str | os.PathLike[str], label_paths: Mapping[str, Path])
             for name, row in zip(args.instLabels, by_class, strict=True)
         },
     }
+
+
+def write_official_ap(folder: Path, label_paths: Mapping[str, Path], path: Path) -> dict[str, float]:
+    """Writes :func:`official_ap` to ``path``, and returns what the log shows of it; without the scorer only warns."""
+    if not official_scorer_installed():
+        logger.warning("%s is not scored: pip install 'cast_jax[cityscapes]' and evaluate again", folder)
+        return {}
+    results = official_ap(folder, label_paths)
+    write_json(path, results)
+    return {f"cityscapes_{key}": results[key] for key in ("ap", "ap50") if results[key] is not None}
 
 
 def _number(value: float) -> float | None:
