@@ -24,7 +24,7 @@ from cast_jax.core.runtime import compute_dtype, setup
 from cast_jax.core.sharding import make_mesh, param_shardings, place
 from cast_jax.data.checks import check_source
 from cast_jax.data.pseudo_labels import PseudoLabels, PseudoLabelWriter
-from cast_jax.data.review import export_labels
+from cast_jax.data.review import export_labels, finish_import
 from cast_jax.data.sources.base import Source
 from cast_jax.data.sources.folder import ImageFolder
 from cast_jax.data.sources.pseudo_labelled import PseudoLabelled
@@ -66,6 +66,7 @@ def predict(
         images or thresholds.
     """
     predictor, params, categories = _load(weights, batch_size, min_score)
+    finish_import(output)
     with only_writer(output):
         remove_temporaries(output)
         writer = PseudoLabelWriter(output, images, categories, weights_hash(weights), min_score, max_iou, pixels=pixels)

@@ -52,6 +52,9 @@ def test_masks_of_a_folder_become_a_coco_json(inputs, tmp_path, capsys):
     before = shard.stat().st_mtime_ns
     main([*inputs, "--min-score", "0"])
     assert shard.stat().st_mtime_ns == before
+    (tmp_path / "out").rename(tmp_path / "out.importing")  # a review that was stopped between its two renames
+    main([*inputs, "--min-score", "0"])
+    assert shard.stat().st_mtime_ns == before
     with pytest.raises(SystemExit, match=r"has threshold 0\.0, not 0\.9; delete the folder"):
         main([*inputs, "--min-score", "0.9"])
 
