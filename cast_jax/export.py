@@ -60,6 +60,9 @@ def _read_shapes(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path, read: Callable[[Path], dict[str, Any]]) -> tuple[Params, dict[str, Any], tuple[Category, ...]]:
+    if path.is_dir():
+        inside = sorted(path.rglob("*.safetensors"))
+        raise UserError(f"{path}: is a folder; name the file" + (f", such as {inside[0]}" if inside else ""))
     try:
         arrays = read(path)
         model = read_json(path.parent / "config.json")

@@ -80,6 +80,7 @@ def run(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
       UserError, DataError, MissingStepError: before the long work, saying how to mend it.
     """
     workdir = Path(workdir)
+    distributed.require_same("the configuration", {**to_json(config), "distributed": None})
     if config.get("step") == "check_data":
         settings = build(RunConfig, config, "config").data
         datasets = open_datasets({**dataclasses.asdict(settings), "on_unreadable": "skip"}, workdir)
@@ -93,7 +94,6 @@ def _run_alone(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     if distributed.is_first():
         remove_temporaries(workdir)
     pipeline = Pipeline(config, workdir)
-    distributed.require_same("the configuration", {**to_json(config), "distributed": None})
     pipeline.check()
     distributed.barrier()  # nobody looks for an earlier run's results any more
     # Only now is the workdir this configuration's: what had to be mended may be mended in place.
@@ -135,7 +135,8 @@ class Pipeline:
         kept = {name: part.source for name, part in reports.items()}
         ids = {name: [str(source.record(i).image_id) for i in range(len(source))] for name, source in kept.items()}
         classes = [dataclasses.asdict(category) for category in self.categories_of(datasets)]
-        distributed.require_same("the images and classes", [ids, classes])
+        content = {name: part.content for name, part in reports.items()}
+        distributed.require_same("the images, their labels and the classes", [ids, content, classes])
         if distributed.is_first():
             for name, listed in ids.items():
                 atomic_write(self.workdir / "splits" / f"{name}.txt", "\n".join(listed) + "\n")

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from cast_jax.core import distributed
 from cast_jax.core.config import differences
 from cast_jax.core.errors import UserError
 from cast_jax.core.files import read_json, write_json
@@ -23,13 +24,15 @@ def record(step: Path, made_from: Made) -> None:
 
     Raises:
       UserError: it has one, and was trained on other pseudo-labels so far. Of other weights, which its checkpoint has
-        taken the place of, and of other images a warning tells.
+        taken the place of, and of other images a warning tells. Or the processes of a run would use different ones.
     """
+    distributed.require_same(f"what {step} is made from", made_from)
     begun = any(step.glob("checkpoints/*"))
     for kind, used in made_from.items():
         path = step / f"{kind}.json"
         if not (begun and path.exists()):
-            write_json(path, used)
+            if distributed.is_first():
+                write_json(path, used)
         elif lines := _differences(path, used):
             began, listed = f"{step} began with other {KINDS[kind]}", "\n  ".join(lines)
             if kind == "pseudo_labels":

@@ -202,7 +202,7 @@ def train(
             judge(start, state)
             for step in range(start + 1, config.steps + 1):
                 with watch.measure("wait"):
-                    batch = shard_batch(_next(loader, name, step), run.mesh)
+                    batch = shard_batch(_next(loader, name, step, stop), run.mesh)
                 if step == start + 1:
                     logger.info("%s: %.2f MB an image to the devices", name, _bytes(batch) / count_images(batch) / 1e6)
                     with watch.measure("compile"), stop.by_force():
@@ -345,9 +345,13 @@ def _shown(state: TrainState, config: TrainConfig) -> Any:
     return state.ema if config.evaluate_ema else state.params
 
 
-def _next(loader: Loader, name: str, step: int) -> Any:
+def _next(loader: Loader, name: str, step: int, stop: StopSignals) -> Any:
     try:
         return next(loader)  # type: ignore[call-overload]
+    except DataError:
+        if stop.received is not None:  # it ended a worker process that had only begun
+            raise SystemExit(128 + stop.received) from None
+        raise
     except StopIteration as end:
         raise DataError(f"{name}: the data ended before step {step}; the loader must repeat without end") from end
 

@@ -39,7 +39,7 @@ def main() -> None:
         ("val", "a COCO JSON"),
         ("labelled-images", "if not in the folder beside the JSON"),
         ("val-images", "if not in the folder beside the JSON"),
-        ("split", "a split file"),
+        ("split", "a split file, or a text file with a labelled image a line (coco: its id or file_name in the JSON)"),
     ):
         parser.add_argument(f"--{name}", default="", help=meaning)
     parser.add_argument("--max-instances", type=int, default=100, help="slots for an image's instances (%(default)s)")

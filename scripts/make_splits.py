@@ -4,6 +4,7 @@ python scripts/make_splits.py cityscapes ROOT                    5, 10, 20, 30 %
 python scripts/make_splits.py cityscapes ROOT --lists FILE...    the literature's text files, checked and completed
 python scripts/make_splits.py ade20k ROOT                        10 images a class in a stratified subset of 3,537
 python scripts/make_splits.py coco FILE.json --percent 1 2 5 10  of any COCO set
+python scripts/make_splits.py coco FILE.json --lists FILE...     a line is an image's id or file_name in the JSON
 python scripts/make_splits.py coco FILE.json --val-percent 20    two COCO JSONs: FILE_train.json and FILE_val.json
 
 A run reads a split with --config.data.split=FILE, and such JSONs as --config.data.labelled and --config.data.val.
@@ -12,10 +13,11 @@ A run reads a split with --config.data.split=FILE, and such JSONs as --config.da
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cast_jax.core.errors import UserError
-from cast_jax.core.files import read_json, write_new_json
+from cast_jax.core.files import write_new_json
 from cast_jax.data.sources.ade20k import CATEGORIES, Ade20k
 from cast_jax.data.sources.base import Source
 from cast_jax.data.sources.cityscapes import SUFFIXES, Cityscapes
@@ -31,6 +33,8 @@ from cast_jax.data.sources.coco import Coco
 from cast_jax.data.splits import (
     Split,
     choose_images,
+    find_images,
+    read_split,
     share_of,
     some_of_each_class,
     split_indices,
@@ -52,7 +56,8 @@ def main() -> None:
     parser.add_argument("--percent", type=float, nargs="+", help="labelled shares (5 10 20 30)")
     parser.add_argument("--val-percent", type=float, help="coco: hold out this share for validation")
     parser.add_argument("--images", help="coco: the folder of images (by default the JSON's name without .json)")
-    parser.add_argument("--lists", type=Path, nargs="+", help="text files with a labelled image a line, instead")
+    lists = "text files with a labelled image a line, instead; of coco its id or file_name in the JSON"
+    parser.add_argument("--lists", type=Path, nargs="+", help=lists)
     parser.add_argument("--per-class", type=int, default=10, help="ade20k: labelled images a class (%(default)s)")
     parser.add_argument("--subset", type=int, default=3537, help="ade20k: images in all (%(default)s)")
     options = parser.parse_args()
@@ -89,7 +94,8 @@ def _hold_out(options: argparse.Namespace) -> None:
     """Writes the JSON's images and annotations as two JSONs; everything else stays as it is in both."""
     if options.dataset != "coco" or len(options.seeds) > 1 or not 0 < options.val_percent < 100:
         raise UserError("--val-percent is for coco, with one seed, and must lie between 0 and 100")
-    source, content = Coco(options.path, options.images, on_fault="skip"), read_json(options.path)
+    source = Coco(options.path, options.images, on_fault="skip")
+    content = json.loads(Path(options.path).read_text(encoding="utf-8-sig"))
     ids = [source.record(index).image_id for index in range(len(source))]
     count = share_of(len(ids), options.val_percent)
     if not 1 <= count < len(ids):
@@ -123,11 +129,14 @@ def _shares(source: Source, name: str, options: argparse.Namespace) -> Made:
 
 def _listed(source: Source, name: str, lists: list[Path]) -> Made:
     """Every image of a list must be there; what it does not list is unlabelled."""
+    ids = [source.record(index).image_id for index in range(len(source))]
     for path in lists:
-        ids = {str(source.record(index).image_id): source.record(index).image_id for index in range(len(source))}
-        chosen = choose_images(path, set(ids), SUFFIXES if name == "cityscapes" else ())
-        rest = sorted(set(ids) - set(chosen))
-        split = Split(tuple(ids[image] for image in chosen), tuple(ids[image] for image in rest))
+        listed: Sequence[int | str] = read_split(path).labelled
+        if not isinstance(source, Coco):
+            listed = choose_images(path, set(map(str, ids)), SUFFIXES if isinstance(source, Cityscapes) else ())
+        chosen = find_images(source, listed, str(path))
+        rest = sorted(set(range(len(ids))) - set(chosen), key=lambda index: str(ids[index]))
+        split = Split(tuple(ids[index] for index in chosen), tuple(ids[index] for index in rest))
         yield f"{name}_{path.stem}", split, {"list": path.name}
 
 

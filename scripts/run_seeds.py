@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import queue
+import signal
 import statistics
 import subprocess
 import sys
@@ -50,8 +51,14 @@ def main() -> None:
     options.slots = queue.SimpleQueue[tuple[list[int], list[str]]]()
     for slot in range(options.parallel):
         options.slots.put((_cores(slot, options.parallel), gpus[slot * share : (slot + 1) * share]))
+    runs = _Runs()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, runs.stop)
     with ThreadPoolExecutor(options.parallel) as pool:
-        codes = list(pool.map(lambda seed: _run(seed, options), options.seeds))
+        codes = list(pool.map(lambda seed: _run(seed, options, runs), options.seeds))
+    if runs.stopped:
+        print("stopped; run the same command again to continue", file=sys.stderr)
+        sys.exit(128 + runs.stopped)
     if failed := [seed for seed, code in zip(options.seeds, codes, strict=True) if code]:
         logs = (
             ", ".join(str(_output(options, seed)) for seed in failed) if options.parallel > 1 else "what they say above"
@@ -109,22 +116,47 @@ def command_of(seed: int, options: argparse.Namespace) -> list[str]:
     return [*command, "--workdir", str(_folder(options, seed)), *overrides]
 
 
-def _run(seed: int, options: argparse.Namespace) -> int:
+class _Runs:
+    """The runs at work, to which a signal that would end this process is passed on: they save first."""
+
+    def __init__(self) -> None:
+        self.stopped, self._processes = 0, set[subprocess.Popen[bytes]]()
+
+    def stop(self, number: int, _: object) -> None:
+        """Handles a signal: no other run begins. A terminal's goes to all of its processes by itself."""
+        self.stopped = number
+        for process in tuple(self._processes) if number == signal.SIGTERM else ():
+            process.send_signal(number)
+
+    def __call__(self, command: list[str], **options: Any) -> int:
+        """The exit code of a run."""
+        if self.stopped:
+            return 128 + self.stopped
+        process = subprocess.Popen(command, **options)
+        self._processes.add(process)
+        if self.stopped == signal.SIGTERM:
+            process.send_signal(self.stopped)
+        try:
+            return process.wait()
+        finally:
+            self._processes.remove(process)
+
+
+def _run(seed: int, options: argparse.Namespace, runs: _Runs) -> int:
     command = command_of(seed, options)
     if options.parallel == 1:
-        return subprocess.run(command, check=False).returncode
+        return runs(command)
     options.workdir.mkdir(parents=True, exist_ok=True)
     cores, gpus = slot = options.slots.get()
     try:
         with _output(options, seed).open("ab") as output:
-            return subprocess.run(
+            return runs(
                 command,
-                check=False,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
                 preexec_fn=lambda: os.sched_setaffinity(0, cores),
-            ).returncode
+            )
     finally:
         options.slots.put(slot)
 

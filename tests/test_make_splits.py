@@ -198,11 +198,36 @@ def test_any_share_of_a_coco_set(coco, tmp_path):
         data.unlabelled.instances(0)
 
     path.write_text(path.read_text().replace("[\n    ", "[\n    8, ", 1))
-    with pytest.raises(DataError, match=r"seed0\.json: 1 images are not in the training set: 8"):
+    message = r"1 images are not in the training set: 8; name .* ids, such as 0, 7, 14, or .* such as 0\.png, 1\.png, "
+    with pytest.raises(DataError, match=rf"seed0\.json: {message}"):
         open_datasets(given, tmp_path)
+    (tmp_path / "named.txt").write_text("3.png\n./1.png\n14\n")
+    data = open_datasets({**given, "split": str(tmp_path / "named.txt")}, tmp_path)
+    assert [data.labelled.record(i).image_id for i in range(3)] == [21, 7, 14]
+    assert len(data.unlabelled) == 7
+    (tmp_path / "named.txt").write_text("3.png\n21\n")
+    with pytest.raises(DataError, match=r"named\.txt: listed twice: 3\.png"):
+        open_datasets({**given, "split": str(tmp_path / "named.txt")}, tmp_path)
     (tmp_path / "all.txt").write_text("\n".join(str(7 * i) for i in range(10)))
     with pytest.raises(DataError, match=r"all\.txt: labels every image"):
         open_datasets({**given, "split": str(tmp_path / "all.txt")}, tmp_path)
+
+
+def test_a_list_of_a_coco_set_names_ids_or_files(coco, tmp_path):
+    content = json.loads(coco.read_text())
+    content["images"][4]["file_name"] = "sub/4.png"
+    content["images"][5]["file_name"] = "7"  # the id of another
+    content["images"][6]["file_name"] = content["images"][8]["file_name"]
+    coco.write_text(json.dumps(content), encoding="utf-8-sig")
+    listed = tmp_path / "lab.txt"
+    listed.write_text("sub\\4.png\n7\n2.png\n")
+    assert call("coco", coco, "--output", tmp_path, "--lists", listed).returncode == 0
+    split = read_split(tmp_path / "all_lab.json")
+    assert (split.labelled, split.unlabelled) == ((28, 7, 14), (0, 21, 35, 42, 49, 56, 63))
+    assert call("coco", coco, "--output", tmp_path / "out", "--val-percent", 20).returncode == 0  # with its mark
+    listed.write_text("8.png\nimages/2.png\n")
+    done = call("coco", coco, "--output", tmp_path, "--lists", listed)
+    assert "lab.txt: 2 images are not in the training set: 8.png, images/2.png; name images by their ids" in done.stderr
 
 
 def test_a_coco_set_is_divided_into_training_and_validation(coco, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -52,7 +53,8 @@ def test_masks_of_a_folder_become_a_coco_json(inputs, tmp_path, capsys):
     before = shard.stat().st_mtime_ns
     main([*inputs, "--min-score", "0"])
     assert shard.stat().st_mtime_ns == before
-    (tmp_path / "out").rename(tmp_path / "out.importing")  # a review that was stopped between its two renames
+    shutil.copytree(tmp_path / "out", tmp_path / "out.replaced")
+    (tmp_path / "out").rename(tmp_path / "out.importing")  # a review that was stopped between its renames
     main([*inputs, "--min-score", "0"])
     assert shard.stat().st_mtime_ns == before
     with pytest.raises(SystemExit, match=r"has threshold 0\.0, not 0\.9; delete the folder"):
@@ -93,3 +95,16 @@ def test_what_is_wrong_is_said_in_a_line(inputs, tmp_path):
         main(list(inputs))
     main([*inputs, "--skip-unreadable", "--min-score", "1"])
     assert json.loads((tmp_path / "out" / "stats.json").read_text())["images"] == 3
+
+
+def test_the_warnings_of_a_run_are_given(inputs, tmp_path, capsys):
+    exif, folder = Image.Exif(), tmp_path / "images"
+    exif[0x0112] = 6
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (30, 40, 3), np.uint8)).save(folder / "t.jpg", exif=exif)
+    (folder / "cut.jpg").write_bytes((folder / "t.jpg").read_bytes()[:-300])
+    (folder / "phone.heic").write_bytes(b"")
+    main([*inputs, "--skip-unreadable", "--min-score", "1"])
+    said = capsys.readouterr().err
+    assert f"images: 1 of 5 images are unreadable and left out: {folder / 'cut.jpg'}" in said
+    assert "images: 1 images have an EXIF orientation, which is not applied: t.jpg" in said
+    assert "images: 1 files with other extensions (.heic) are left out" in said

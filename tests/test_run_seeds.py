@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import subprocess
+import sys
+import time
 from importlib import util
 from pathlib import Path
 
@@ -56,6 +60,38 @@ def test_seeds_that_run_together_leave_what_they_say(script, monkeypatch, tmp_pa
     with pytest.raises(SystemExit, match=rf"seeds \[1\] failed; see {tmp_path / 'seed1.out'}"):
         call(script, monkeypatch, "--config", "c.py:cast", "--workdir", tmp_path, "--seeds", 0, 1, "--parallel", 2)
     assert (tmp_path / "seed1.out").read_text() == "no such 1\n"
+
+
+STOPPED = """
+import runpy, sys
+from importlib import util
+spec = util.spec_from_file_location("run_seeds", sys.argv[1])
+script = util.module_from_spec(spec)
+spec.loader.exec_module(script)
+child = "import signal, sys, time\\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit('saved'))\\n"
+child += "print('seed', flush=True)\\ntime.sleep(60)"
+script.command_of = lambda seed, options: [sys.executable, "-c", child]
+sys.argv[1:] = ["--config", "c.py:cast", "--workdir", sys.argv[2], "--seeds", "0", "1", "2", *sys.argv[3:]]
+script.main()
+"""
+
+
+@pytest.mark.parametrize("parallel", ["1", "2"])
+def test_a_signal_is_passed_on_to_the_runs_and_none_begins(script, tmp_path, parallel):
+    command = [sys.executable, "-c", STOPPED, script.__file__, str(tmp_path), "--parallel", parallel]
+    log = tmp_path / ("seed0.out" if parallel == "2" else "log")
+    with (tmp_path / "log").open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 60
+        while not (log.exists() and b"seed" in log.read_bytes()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    said = "".join(path.read_text() for path in (log, tmp_path / "log"))
+    assert "saved" in said
+    assert "stopped; run the same command again" in said
+    assert (tmp_path / "log").read_text().count("seed\n") + 2 * (parallel == "2") <= 2
 
 
 def test_runs_beside_each_other_share_the_gpus(script, monkeypatch, tmp_path, capsys):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
 import numpy as np
-from runs import Runs
-from safetensors.numpy import load_file
+from runs import ROOT, Runs
+from safetensors.numpy import load_file, save_file
 from test_kill import results
 
 STEPS = ("finetune", "adapt", "distill", "refine", "student_supervised")
@@ -58,3 +59,32 @@ def test_two_processes_end_as_one_does_whoever_dies_and_whoever_continues(tmp_pa
         assert answer["seconds"] < 60
         runs("killed", devices=4)
         check_same(tmp_path, "one", "killed")
+
+
+def test_processes_that_would_train_on_different_things_are_refused(tmp_path):
+    hosts = [tmp_path / "host0", tmp_path / "host1"]
+    two = {"processes": 2, "hosts": tuple(map(str, hosts)), "fails": True}
+    own = ("--config.data.labelled=coco/labelled.json", "--config.data.val=coco/val.json")
+    own += ("--config.data.unlabelled=coco/unlabelled", "--config.init.teacher=exported/last.safetensors")
+    own += ("--config.distributed.timeout=60",)
+    with Runs(tmp_path, "--config", f"{ROOT}/configs/coco.py:finetune,smoke") as runs:
+        runs("made")
+        for host in hosts:
+            for part in ("data/coco", "finetune/exported"):
+                shutil.copytree(tmp_path / "made" / part, host / Path(part).name)
+
+        def refused(name: str, what: str, *arguments: str, **options) -> None:
+            answer = runs(name, *arguments, **two, **options)
+            assert answer["codes"] == [1, 1], runs.log(name)
+            for number in range(2):
+                assert f"{what} must be the same in all processes" in runs.log(name, number)
+
+        refused("steps", "the configuration", *own, others=("--config.step=check_data",))
+        weights = hosts[1] / "exported" / "last.safetensors"
+        save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+        refused("weights", f"what {tmp_path / 'weights' / 'finetune'} is made from", *own)
+        shutil.copy(hosts[0] / "exported" / "last.safetensors", weights)
+        labels = hosts[1] / "coco" / "labelled.json"
+        content = json.loads(labels.read_text())
+        labels.write_text(json.dumps(content | {"annotations": content["annotations"][::2]}))
+        refused("labels", "the images, their labels and the classes", *own)

@@ -305,6 +305,20 @@ class SlowLoader(ToyLoader):
 
 
 @pytest.mark.usefixtures("interruptible")
+def test_a_loader_whose_workers_a_signal_ended_is_not_to_blame(tmp_path):
+    class Ended(SlowLoader):
+        def __next__(self):
+            super().__next__()
+            raise DataError("a worker process of the data loader died")
+
+    with pytest.raises(SystemExit) as stopped:
+        train(Regression(), config=toy_config(20), folder=tmp_path / "toy", loader=Ended(0, signal.SIGTERM))
+    assert stopped.value.code == 143
+    with pytest.raises(DataError):
+        train(Regression(), config=toy_config(20), folder=tmp_path / "toy", loader=Ended(1, signal.SIGTERM))
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, caplog, number, code):
     previous = signal.getsignal(number)

@@ -96,6 +96,8 @@ class Command:
         wanted; ``seconds`` tell how long the others lived on.
       full: the victim finds the disk full when it begins to change such a file.
       processes, devices: processes of the run, and devices of each.
+      others: more arguments of all processes but the first.
+      hosts: each process's working folder.
       victim: the process to kill.
     """
 
@@ -106,6 +108,8 @@ class Command:
     full: str = ""
     processes: int = 1
     devices: int = 1
+    others: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
     victim: int = 0
 
 
@@ -142,7 +146,10 @@ def run(command: Command, number: int, port: int) -> None:
     jax.config.update("jax_num_cpu_devices", command.devices)
     several = {"coordinator": f"127.0.0.1:{port}", "num_processes": command.processes, "process_id": number}
     arguments = [f"--config.distributed.{key}={value}" for key, value in several.items()]
-    sys.argv[1:] = ["--workdir", command.workdir, *command.arguments, *(arguments if command.processes > 1 else ())]
+    if command.hosts:
+        os.chdir(command.hosts[number])
+    arguments = [*(command.others if number else ()), *(arguments if command.processes > 1 else ())]
+    sys.argv[1:] = ["--workdir", command.workdir, *command.arguments, *arguments]
     try:
         main.run()
     except SystemExit as stop:  # absl's, after a run that ended well

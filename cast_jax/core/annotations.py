@@ -26,12 +26,14 @@ class Instances:
       labels: int32 ``[n]``, positions in the source's ``categories``.
       ignore: bool ``[height, width]``, pixels that are neither object nor background error (crowds, groups).
       scores: float32 ``[n]``, confidence in [0, 1]; 1 for ground truth.
+      without_pixels: the ids of annotations that are left out, since they cover no pixel.
     """
 
     masks: np.ndarray
     labels: np.ndarray
     ignore: np.ndarray
     scores: np.ndarray
+    without_pixels: tuple[int | str, ...] = ()
 
     @staticmethod
     def empty(height: int, width: int) -> Instances:

@@ -80,8 +80,9 @@ class MetricsWriter:
         atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = self.path.open("a", encoding="utf-8")
         if tensorboard:
+            earlier = any(Path(folder).glob("events.out.tfevents.*"))
             self._events = EventsWriter(str(Path(folder) / "events"), f".{os.getpid()}")
-            if step:
+            if step or earlier:
                 start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
                 self._add_event(step + 1, session_log=start)  # TensorBoard forgets earlier events from here on
 
@@ -115,11 +116,23 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; none if there is no file. A last line cut in half by a kill is left out."""
+    """The lines of a ``metrics.jsonl``; none if there is no file.
+
+    A last line cut in half by a kill is left out, and with a warning any other that cannot be read.
+    """
     path = Path(path)
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1].splitlines()
-    return [json.loads(line) for line in whole]
+    *whole, _ = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else [""]
+    lines = []
+    for number, text in enumerate(whole, 1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+        else:
+            logging.getLogger(__name__).warning("%s: line %d is damaged and left out", path, number)
+    return lines
 
 
 def environment() -> dict[str, Any]:

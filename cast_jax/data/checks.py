@@ -17,7 +17,8 @@ from tqdm import tqdm
 from cast_jax.core.errors import DataError
 from cast_jax.core.files import atomic_write
 from cast_jax.data.sources.base import Source, leaves_folder, name_some, noted, orientation, pixel_digest
-from cast_jax.data.sources.coco import require_same_categories
+from cast_jax.data.sources.coco import cover_no_pixel, require_same_categories
+from cast_jax.data.sources.folder import other_formats
 from cast_jax.data.sources.subset import Subset
 
 _LOG = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class SourceReport:
       pixels, content: a name of all of them in their order, and one of their ids and annotations, too.
       links_out, turned: file names of images that are links (or whose annotations are) to outside their folder, and of
         those with an EXIF orientation.
+      without_pixels: ids of annotations that cover no pixel, with their images.
     """
 
     source: Source
@@ -53,6 +55,7 @@ class SourceReport:
     content: str
     links_out: tuple[str, ...]
     turned: tuple[str, ...]
+    without_pixels: tuple[str, ...]
 
 
 class SeenImages:
@@ -65,7 +68,7 @@ class SeenImages:
         """Reads ``path``, which :meth:`save` has written, if it is there."""
         self.path, self._digests = Path(path), dict[str, str]()
         if self.path.exists():
-            lines = (line.split() for line in self.path.read_text(encoding="utf-8").splitlines())
+            lines = (line.split() for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines())
             self._digests = {line[0]: line[1] for line in lines if len(line) == 2}
 
     def __getitem__(self, image: Path) -> str | None:
@@ -121,10 +124,10 @@ def check_sources(
         )
     }
     warnings = [text for name, report in reports.items() if report for text in _warnings(name, report, max_instances)]
-    warnings += _shared_images({name: report for name, report in reports.items() if report})
-    for text in warnings:
+    shared = _shared_images({name: report for name, report in reports.items() if report})
+    for text in shared:
         _LOG.warning(text)
-    return DataReport(**reports, warnings=tuple(warnings))
+    return DataReport(**reports, warnings=(*warnings, *shared))
 
 
 def check_source(
@@ -134,7 +137,7 @@ def check_source(
     on_unreadable: str = "error",
     seen: SeenImages | None = None,
 ) -> SourceReport:
-    """Reads every image of a source and its annotation, which is what finds truncated files, in parallel.
+    """Reads every image of a source and its annotation in parallel, which finds truncated files; logs warnings.
 
     Args:
       name: what messages call the source ("labelled", "unlabelled", "val").
@@ -152,9 +155,10 @@ def check_source(
     if not total:
         raise DataError(f"the {name} source has no images")
 
-    def look(index: int) -> tuple[int, str, str] | str:
-        """The number of instances, the digests of pixels and annotation, or what is wrong."""
-        path = source.record(index).path
+    def look(index: int) -> tuple[int, str, str, list[str]] | str:
+        """Number of instances, digests of pixels and annotation, what has no pixel; or what is wrong."""
+        record = source.record(index)
+        path = record.path
         try:
             digest = seen[path] if seen is not None and path.is_file() else None
             if digest is None:
@@ -162,9 +166,10 @@ def check_source(
                 if seen is not None:
                     seen[path] = digest
             if not source.categories:
-                return 0, digest, ""
+                return 0, digest, "", []
             truth = source.instances(index)
-            return len(truth), digest, _name_of(truth.labels, np.packbits(truth.masks), np.packbits(truth.ignore))
+            content = _name_of(truth.labels, np.packbits(truth.masks), np.packbits(truth.ignore))
+            return len(truth), digest, content, [f"{name} of {record.file_name}" for name in truth.without_pixels]
         except DataError as error:
             return str(error)
 
@@ -181,8 +186,8 @@ def check_source(
     if not len(usable):
         raise DataError(f"the {name} source has no readable image among {total}; the first: {faults[0]}")
     sound = [result for result in found if not isinstance(result, str)]
-    counts = np.asarray([count for count, _, _ in sound], np.int64)
-    digests, truths = tuple(digest for _, digest, _ in sound), tuple(truth for _, _, truth in sound)
+    counts = np.asarray([result[0] for result in sound], np.int64)
+    digests, truths = tuple(result[1] for result in sound), tuple(result[2] for result in sound)
     records = [source.record(index) for index in usable]
     excess = np.zeros_like(counts) if max_instances is None else np.maximum(counts - max_instances, 0)
     report = SourceReport(
@@ -199,9 +204,12 @@ def check_source(
         content=_name_of(*(str(record.image_id) for record in records), *digests, *truths),
         links_out=tuple(record.file_name for record in records if leaves_folder(record)),
         turned=tuple(r.file_name for r in records if r.path.is_file() and orientation(r.path) != 1),
+        without_pixels=tuple(name for result in sound for name in result[3]),
     )
     annotated = f", {report.instances} instances, {report.empty} images without any" if source.categories else ""
     _LOG.info(f"{name}: {total} images{annotated}")
+    for text in _warnings(name, report, max_instances):
+        _LOG.warning(text)
     return report
 
 
@@ -232,7 +240,7 @@ def _shared_images(reports: Mapping[str, SourceReport]) -> list[str]:
     ]
 
 
-def _warnings(name: str, report: SourceReport, max_instances: int) -> list[str]:
+def _warnings(name: str, report: SourceReport, max_instances: int | None) -> list[str]:
     warnings = []
     if report.unreadable:
         first = name_some(report.unreadable, 3)
@@ -258,4 +266,8 @@ def _warnings(name: str, report: SourceReport, max_instances: int) -> list[str]:
     if copies := noted(report.source, "copies"):
         some = name_some(copies, 3)
         warnings.append(f"{name}: {len(copies)} annotations are exact copies of another in their image: {some}")
+    if report.without_pixels:
+        warnings.append(f"{name}: {cover_no_pixel(report.without_pixels)}")
+    if others := other_formats(noted(report.source, "left_out")):
+        warnings.append(f"{name}: {others}")
     return warnings

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from cast_jax.data.micrographs import write_micrographs
 from cast_jax.data.scenes import write_scenes
 from cast_jax.data.scenes_ade20k import write_as_ade20k
 from cast_jax.data.sources.ade20k import Ade20k
-from cast_jax.data.sources.base import Source, name_some
+from cast_jax.data.sources.base import Source
 from cast_jax.data.sources.cityscapes import Cityscapes
 from cast_jax.data.sources.coco import Coco
 from cast_jax.data.sources.folder import ImageFolder
 from cast_jax.data.sources.subset import Subset, Unlabelled
-from cast_jax.data.splits import read_split, split_indices
+from cast_jax.data.splits import find_images, read_split, split_indices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +53,9 @@ def open_datasets(data: Mapping[str, Any], workdir: Path) -> Datasets:
     ``kind`` is one of ``coco`` (own data: ``labelled``, ``unlabelled``, ``val``), ``cityscapes`` and ``ade20k``
     (``root``), ``scenes`` (generated into ``root`` or the workdir) and ``nuclei`` (as ``coco``, with generated
     micrographs to pretrain on). ``split`` names the file that says which images
-    are labelled and which are not (:func:`cast_jax.data.splits.read_split`); without one, ``labelled`` images of a
-    published training set are drawn by ``split_seed``. Without any path, generated images stand in if ``generated``
-    has some (smoke runs).
+    are labelled and which are not (:func:`cast_jax.data.splits.read_split`), of ``coco`` by the JSON's ids or file
+    names; without one, ``labelled`` images of a published training set are drawn by ``split_seed``. Without any path,
+    generated images stand in if ``generated`` has some (smoke runs).
 
     Raises:
       DataError: an unknown kind, or a missing path, naming the key.
@@ -159,17 +159,11 @@ def _divided(source: Source, split_file: str, labelled: Source | None = None) ->
       DataError: the file names an image that the source does not have, or leaves none for a side.
     """
     split = read_split(split_file)
-    positions = {str(source.record(index).image_id): index for index in range(len(source))}
-
-    def find(ids: Sequence[int | str]) -> list[int]:
-        names = list(map(str, ids))
-        if unknown := [name for name in names if name not in positions]:
-            raise DataError(f"{split_file}: {len(unknown)} images are not in the training set: {name_some(unknown)}")
-        return [positions[name] for name in names]
-
     known = split.labelled if labelled is None else [labelled.record(i).image_id for i in range(len(labelled))]
-    chosen = find(known)
-    rest = sorted(set(positions.values()) - set(chosen)) if split.unlabelled is None else find(split.unlabelled)
+    found = find_images(source, [*known, *(split.unlabelled or ())], split_file)
+    chosen, rest = found[: len(known)], found[len(known) :]
+    if split.unlabelled is None:
+        rest = sorted(set(range(len(source))) - set(chosen))
     if not rest:
         raise DataError(f"{split_file}: labels every image; one at least must stay unlabelled")
     return chosen, rest

@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from cast_jax.core.annotations import Instances
 from cast_jax.core.errors import DataError
 from cast_jax.data.sources.base import Source, leaves_folder, name_some, noted, orientation, pixel_digest
+from cast_jax.data.sources.coco import cover_no_pixel
+from cast_jax.data.sources.folder import other_formats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,7 @@ class _Look:
     labels: tuple[int, ...] = ()
     turned: bool = False
     link_out: bool = False
+    without_pixels: tuple[int | str, ...] = ()
 
 
 def inspect(sources: Mapping[str, Source], max_instances: int) -> dict[str, Any]:
@@ -66,13 +70,14 @@ def _look_at_all(name: str, source: Source) -> list[_Look]:
         record = source.record(index)
         try:
             image = source.image(index)
-            labels = source.instances(index).labels.tolist() if source.categories else []
+            truth = source.instances(index) if source.categories else Instances.empty(*image.shape[:2])
             return _Look(
                 size=(image.shape[0], image.shape[1]),
                 digest=pixel_digest(image),
-                labels=tuple(labels),
+                labels=tuple(truth.labels.tolist()),
                 turned=orientation(record.path) != 1,
                 link_out=leaves_folder(record),
+                without_pixels=truth.without_pixels,
             )
         except DataError as error:
             return _Look(fault=str(error))
@@ -95,6 +100,10 @@ def _warnings(source: Source, looks: list[_Look], max_instances: int, any_number
         yield f"{len(boxes)} annotations have a bbox outside their image, which is not used: {name_some(boxes, 3)}"
     if copies := noted(source, "copies"):
         yield f"{len(copies)} annotations are exact copies of another in their image: {name_some(copies, 3)}"
+    if names := [f"{name} of {file}" for file, look in zip(files, looks, strict=True) for name in look.without_pixels]:
+        yield cover_no_pixel(names)
+    if others := other_formats(noted(source, "left_out")):
+        yield others
     if source.categories:
         seen = {label for look in looks for label in look.labels}
         if absent := [category.name for label, category in enumerate(source.categories) if label not in seen]:

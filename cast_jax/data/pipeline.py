@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -208,8 +209,13 @@ class Loader(Iterator[Batch]):
 
 
 def _start_worker(worker_index: int, worker_count: int) -> None:
-    """Called in a worker process: one that is orphaned would otherwise wait for ever."""
+    """Called in a worker process: one that is orphaned would otherwise wait for ever.
+
+    Signals that all processes of a run get, of a terminal or a batch system, are the main one's: it saves first.
+    """
     cv2.setNumThreads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -133,6 +133,7 @@ class PseudoLabelWriter:
         if len(detections) != len(indices):
             raise ValueError(f"shard {number} has {len(indices)} images, not {len(detections)}")
         lines = [json.dumps(self._line(index, found)) for index, found in zip(indices, detections, strict=True)]
+        (self.folder / STATISTICS).unlink(missing_ok=True)  # of other shards
         atomic_write(self.folder / shard_name(number), "\n".join(lines) + "\n")
 
     def _line(self, index: int, found: Detections) -> dict[str, Any]:
@@ -156,13 +157,16 @@ class PseudoLabelWriter:
         return where | {"instances": instances}
 
     def finish(self) -> dict[str, Any]:
-        """Checks the finished store and writes and returns its statistics (``stats.json``)."""
+        """Checks the finished store and returns its statistics (``stats.json``), which it writes if need be."""
+        if (path := self.folder / STATISTICS).exists():  # no shard was written since
+            PseudoLabels.open(self.folder)
+            return read_json(path)
         return write_statistics(self.folder)
 
 
 def write_statistics(folder: Path) -> dict[str, Any]:
     """Checks a finished store and writes and returns its statistics (``stats.json``)."""
-    store = PseudoLabels.open(folder)
+    store = _index(folder)
     per_class: Counter[int] = Counter()
     scores: list[float] = []
     empty = 0
@@ -172,6 +176,7 @@ def write_statistics(folder: Path) -> dict[str, Any]:
         empty += not line["instances"]
     counts, edges = np.histogram(scores, bins=20, range=(0.0, 1.0))
     statistics = {
+        "content_hash": store.content_hash,
         "images": len(store),
         "empty_images": empty,
         "instances": len(scores),
@@ -208,46 +213,14 @@ class PseudoLabels:
         """Indexes and checks a store.
 
         Raises:
-          DataError: there is none, a shard is missing, cut short or damaged, or an image appears twice.
+          DataError: there is none, a shard is missing, cut short, damaged or another than when the store was finished,
+            or an image appears twice.
         """
-        folder = Path(folder)
-        if not (folder / MANIFEST).exists():
-            raise DataError(
-                f"{folder}: holds no pseudo-labels ({MANIFEST} is missing); run the pseudo_label step first"
-            )
-        manifest = read_json(folder / MANIFEST)
-        wanted = shards(manifest)
-        missing = [name for shard in wanted if not (folder / (name := shard_name(shard.number))).exists()]
-        if missing:
-            raise DataError(
-                f"{folder}: {len(missing)} of {len(wanted)} shards are missing ({name_some(missing, 5)}); "
-                "run the pseudo_label step again, it writes only these"
-            )
-        categories = tuple(Category(**category) for category in manifest["categories"])
-        known = {category.id for category in categories}
-        places: dict[int | str, tuple[int, int]] = {}
-        digest = hashlib.sha256()
-        for shard in wanted:
-            path, lines = folder / shard_name(shard.number), 0
-            digest.update(path.read_bytes())
-            for offset, line in _read_lines(path):
-                image_id, lines = line["image_id"], lines + 1
-                if image_id in places:
-                    raise DataError(f"{path}: image {image_id!r} is labelled twice in this store; {_HINT}")
-                if alien := {instance["category_id"] for instance in line["instances"]} - known:
-                    raise DataError(f"{path}: image {image_id!r} has unknown category ids {sorted(alien)}; {_HINT}")
-                places[image_id] = (shard.number, offset)
-            if lines != len(shard.indices):
-                raise DataError(f"{path}: has {lines} images, not {len(shard.indices)}; {_HINT}")
-        return PseudoLabels(
-            folder,
-            categories,
-            manifest["threshold"],
-            manifest["model_hash"],
-            digest.hexdigest()[:16],
-            manifest.get("reviewed", ""),
-            places,
-        )
+        store = _index(Path(folder))
+        finished = read_json(path, _HINT) if (path := store.folder / STATISTICS).exists() else {}
+        if finished.get("content_hash", store.content_hash) != store.content_hash:  # which earlier stores lack
+            raise DataError(f"{folder}: its shards are damaged, or others than {STATISTICS} was written for; {_HINT}")
+        return store
 
     def identity(self) -> dict[str, str]:
         """What says which labels these are."""
@@ -282,6 +255,45 @@ class PseudoLabels:
         for number in range(max(number for number, _ in self.places.values()) + 1):
             for _, line in _read_lines(self.folder / shard_name(number)):
                 yield line
+
+
+def _index(folder: Path) -> PseudoLabels:
+    """A store whose lines are all there and whole."""
+    if not (folder / MANIFEST).exists():
+        raise DataError(f"{folder}: holds no pseudo-labels ({MANIFEST} is missing); run the pseudo_label step first")
+    manifest = read_json(folder / MANIFEST)
+    wanted = shards(manifest)
+    missing = [name for shard in wanted if not (folder / (name := shard_name(shard.number))).exists()]
+    if missing:
+        raise DataError(
+            f"{folder}: {len(missing)} of {len(wanted)} shards are missing ({name_some(missing, 5)}); "
+            "run the pseudo_label step again, it writes only these"
+        )
+    categories = tuple(Category(**category) for category in manifest["categories"])
+    known = {category.id for category in categories}
+    places: dict[int | str, tuple[int, int]] = {}
+    digest = hashlib.sha256()
+    for shard in wanted:
+        path, lines = folder / shard_name(shard.number), 0
+        digest.update(path.read_bytes())
+        for offset, line in _read_lines(path):
+            image_id, lines = line["image_id"], lines + 1
+            if image_id in places:
+                raise DataError(f"{path}: image {image_id!r} is labelled twice in this store; {_HINT}")
+            if alien := {instance["category_id"] for instance in line["instances"]} - known:
+                raise DataError(f"{path}: image {image_id!r} has unknown category ids {sorted(alien)}; {_HINT}")
+            places[image_id] = (shard.number, offset)
+        if lines != len(shard.indices):
+            raise DataError(f"{path}: has {lines} images, not {len(shard.indices)}; {_HINT}")
+    return PseudoLabels(
+        folder,
+        categories,
+        manifest["threshold"],
+        manifest["model_hash"],
+        digest.hexdigest()[:16],
+        manifest.get("reviewed", ""),
+        places,
+    )
 
 
 def shard_name(number: int) -> str:

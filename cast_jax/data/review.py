@@ -19,7 +19,7 @@ from tqdm import tqdm
 from cast_jax.core.annotations import decode_mask
 from cast_jax.core.errors import DataError
 from cast_jax.core.files import LOCK, atomic_write, only_writer, read_json, write_json
-from cast_jax.data.pseudo_labels import MANIFEST, STATISTICS, PseudoLabels, shard_name, shards, write_statistics
+from cast_jax.data.pseudo_labels import MANIFEST, PseudoLabels, shard_name, shards, write_statistics
 from cast_jax.data.sources.base import name_some
 from cast_jax.data.sources.coco import Coco, encode_segmentation, read_annotations
 
@@ -108,7 +108,7 @@ def _import_labels(folder: Path, reviewed: Path) -> dict[str, Any]:
                 **{key: _share(entry, key, f"{reviewed}: annotations[{number}]") for key in ("score", "mask_quality")},
             }
         )
-    new = _importing(folder)
+    new = _beside(folder, "importing")
     shutil.rmtree(new, ignore_errors=True)
     manifest = read_json(folder / MANIFEST)
     for shard in shards(manifest):
@@ -120,23 +120,26 @@ def _import_labels(folder: Path, reviewed: Path) -> dict[str, Any]:
     digest = hashlib.sha256(reviewed.read_bytes()).hexdigest()[:16]
     write_json(new / MANIFEST, {**manifest, "reviewed": digest})
     statistics = write_statistics(new)
-    before, replaced = (folder.with_name(f"{folder.name}.{what}") for what in ("before_review", "replaced"))
-    shutil.rmtree(replaced, ignore_errors=True)
-    folder.rename(replaced if before.exists() else before)
-    new.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    folder.rename(_beside(folder, "replaced"))
+    finish_import(folder)
     return statistics
 
 
 def finish_import(folder: Path) -> None:
-    """Puts the imported labels in their place where :func:`import_labels` was stopped just before that."""
-    new = _importing(folder)
-    if not folder.exists() and (new / STATISTICS).exists():
+    """Puts the imported labels in their place, also where :func:`import_labels` was stopped while it did."""
+    new, before, replaced = (_beside(folder, what) for what in ("importing", "before_review", "replaced"))
+    if not replaced.exists():
+        return
+    if new.exists() and not folder.exists():
         new.rename(folder)
+    if before.exists():
+        shutil.rmtree(replaced)
+    else:
+        replaced.rename(before)
 
 
-def _importing(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.importing")
+def _beside(folder: Path, what: str) -> Path:
+    return folder.with_name(f"{folder.name}.{what}")
 
 
 def _size(line: dict[str, Any]) -> tuple[int, int]:

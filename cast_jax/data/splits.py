@@ -20,7 +20,7 @@ import numpy as np
 
 from cast_jax.core.errors import DataError
 from cast_jax.core.files import write_new_json
-from cast_jax.data.sources.base import name_some, read_list
+from cast_jax.data.sources.base import Source, name_some, read_list
 
 FORMAT = {"format": "cast_jax split", "version": 1}
 """How a split file begins. Raise the version when the same seed no longer chooses the same images."""
@@ -49,7 +49,7 @@ def read_split(path: str | os.PathLike[str]) -> Split:
         split = Split(tuple(read_list(path)))
     else:
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise DataError(
                 f"{path}: cannot be read as a split file ({error}); scripts/make_splits.py makes it"
@@ -96,6 +96,34 @@ def choose_images(
     if repeated := sorted(stem for stem, count in Counter(stems).items() if count > 1):
         raise DataError(f"{where}: listed twice: {name_some(repeated)}")
     return stems
+
+
+def find_images(source: Source, names: Sequence[int | str], where: str) -> list[int]:
+    """The indices of the images that a list names, by id, or by a file name that is one image's and no other's id.
+
+    Args:
+      names: ids, or file names as the source has them.
+      where: the list, for messages.
+
+    Raises:
+      DataError: a name that the source does not have, or an image that is listed twice.
+    """
+    records = [source.record(index) for index in range(len(source))]
+    times = Counter(record.file_name for record in records)
+    files = {record.file_name: index for index, record in enumerate(records) if times[record.file_name] == 1}
+    positions = files | {str(record.image_id): index for index, record in enumerate(records)}
+    texts = list(map(str, names))
+    texts = [text if text in positions else PurePosixPath(text.replace("\\", "/")).as_posix() for text in texts]
+    if unknown := [text for text in texts if text not in positions]:
+        ids, some = (name_some(known[:3]) for known in ([record.image_id for record in records], list(files)))
+        raise DataError(
+            f"{where}: {len(unknown)} images are not in the training set: {name_some(unknown)}; name images by their "
+            f"ids, such as {ids}" + (f", or by their files, such as {some}" if files else "")
+        )
+    found = [positions[text] for text in texts]
+    if repeated := sorted(records[index].file_name for index, count in Counter(found).items() if count > 1):
+        raise DataError(f"{where}: listed twice: {name_some(repeated)}")
+    return found
 
 
 def share_of(total: int, percent: float) -> int:

@@ -50,6 +50,26 @@ def test_tensorboard_events_are_written_and_purged_from_the_restored_step(tmp_pa
     assert b"\x10\x08\x3a\x02\x08\x01" in content
 
 
+def test_a_run_that_begins_anew_beside_earlier_events_has_them_forgotten(tmp_path):
+    for earlier in (False, True):
+        writer = MetricsWriter(tmp_path)
+        writer.write(1, {"loss/total": 1.0})
+        writer.close()
+        (events,) = set(tmp_path.glob("events.out.tfevents.*")) - {tmp_path / "events.out.tfevents.0"}
+        assert (b"\x10\x01\x3a\x02\x08\x01" in events.read_bytes()) == earlier
+        events.rename(tmp_path / "events.out.tfevents.0")
+
+
+def test_lines_that_a_power_cut_left_damaged_cost_only_themselves(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    good = [f'{{"step": {step}, "loss/total": 1.0}}\n'.encode() for step in (1, 2, 3)]
+    path.write_bytes(good[0] + b"\0" * 20 + good[1] + b"\xff\n[]\n" + good[2])
+    assert steps(path) == [1, 3]
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        f"line {number} is damaged and left out" for number in (2, 3, 4)
+    ]
+
+
 def test_events_are_in_the_file_though_the_process_ends_at_once(tmp_path):
     writer = MetricsWriter(tmp_path)
     writer.write(1, {"loss/total": 1.0})

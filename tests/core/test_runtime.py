@@ -74,11 +74,13 @@ def test_ignored_signals_stay_ignored():
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_a_signal_waits_unless_told_otherwise_and_the_second_acts_at_once():
+def test_a_signal_waits_unless_told_otherwise_and_the_second_acts_at_once(monkeypatch):
     previous = signal.getsignal(signal.SIGINT)
     with runtime.StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.received == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)  # the same wish, which came twice
+        monkeypatch.setattr(runtime, "_AGAIN", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is previous

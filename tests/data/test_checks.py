@@ -12,6 +12,7 @@ from PIL import Image
 
 from cast_jax.core.errors import DataError
 from cast_jax.data.checks import SeenImages, check_source, check_sources
+from cast_jax.data.inspection import inspect
 from cast_jax.data.sources.coco import Coco
 from cast_jax.data.sources.folder import ImageFolder
 from cast_jax.data.sources.subset import Subset
@@ -227,3 +228,26 @@ def test_what_repeats_or_is_not_applied_is_a_warning(tmp_path):
     assert set(check_sources(source, None, None, max_instances=9).warnings) == expected
     again = Subset(source, np.arange(len(source)))  # as a split hands it over
     assert set(check_sources(again, None, None, max_instances=9).warnings) == expected
+
+
+def test_what_is_left_out_is_a_warning(tmp_path, caplog):
+    """An annotation of shares of the sides, and files of formats that are not read."""
+    labelled, pool = _coco(tmp_path, "labelled", [2, 1, 1]), _folder(tmp_path / "pool", 2)
+    content = json.loads((tmp_path / "labelled.json").read_text())
+    content["annotations"][0]["segmentation"] = [[0.1, 0.1, 0.3, 0.1, 0.3, 0.3]]
+    content["annotations"][3] |= {"id": "tiny", "segmentation": [[10.1, 10.1, 10.3, 10.1, 10.3, 10.3]]}
+    (tmp_path / "labelled.json").write_text(json.dumps(content))
+    (tmp_path / "pool" / "phone.heic").write_bytes(b"")
+    labelled, pool = Coco(tmp_path / "labelled.json"), ImageFolder(tmp_path / "pool")
+    report = check_sources(labelled, Subset(pool, [1]), None, max_instances=9)
+    assert report.labelled.instances == 2
+    rest = "(polygons are in pixels, not in shares of the image's sides)"
+    assert report.warnings == (
+        f"labelled: 2 annotations cover no pixel and are left out {rest}: 0 of 0.png, tiny of 2.png",
+        "unlabelled: 1 files with other extensions (.heic) are left out; save them as PNG or JPEG to use them: "
+        "phone.heic",
+    )
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [*report.warnings]
+    assert check_sources(Subset(labelled, [1]), None, None, max_instances=9).warnings == ()
+    inspected = inspect({"labelled": labelled, "unlabelled": pool}, 9)
+    assert tuple(inspected["warnings"]) == report.warnings

@@ -115,8 +115,11 @@ def test_an_image_with_only_a_crowd_and_one_with_nothing(tmp_path):
 
 def test_instances_without_a_pixel_are_left_out(tmp_path):
     tiny = [1.1, 1.1, 1.2, 1.1, 1.2, 1.2]
-    instances = _open(tmp_path, _annotation(1, [tiny]), _annotation(2, [_polygon(0, 0, 2, 2)])).instances(0)
-    assert len(instances) == 1
+    crowd = _annotation(3, encode_mask(np.zeros(_SIZE, bool)), iscrowd=1)
+    source = _open(tmp_path, _annotation(1, [tiny]), _annotation(2, [_polygon(0, 0, 2, 2)]), crowd)
+    assert len(source.instances(0)) == 1
+    assert source.instances(0).without_pixels == (1, 3)
+    assert source.instances(1).without_pixels == ()
 
 
 def test_a_polygon_may_stick_out_a_little_and_is_cut_at_the_border(tmp_path):
@@ -263,6 +266,24 @@ def test_a_file_of_another_size_than_the_json_says(tmp_path):
     Image.fromarray(np.zeros((8, 6, 3), np.uint8)).save(tmp_path / "train" / "a.png")
     with pytest.raises(DataError, match=r"a\.png: is \(8, 6\).*\(6, 8\) for image 7"):
         source.instances(0)
+
+
+@pytest.mark.parametrize(("orientation", "said"), [(1, False), (3, False), (5, True), (6, True), (8, True)])
+def test_images_annotated_as_their_exif_turns_them(tmp_path, orientation, said):
+    source, exif = _open(tmp_path), Image.Exif()
+    exif[0x0112] = orientation
+    for size in ((8, 6), (9, 6)):
+        Image.fromarray(np.zeros((*size, 3), np.uint8)).save(tmp_path / "train" / "a.png", exif=exif)
+        with pytest.raises(DataError, match=r"a\.png: is .*\(6, 8\) for image 7") as caught:
+            source.instances(0)
+        hint = f"EXIF orientation {orientation}, which is not applied: turn its pixels (exiftran"
+        assert (hint in str(caught.value)) == ("EXIF" in str(caught.value)) == (said and size == (8, 6))
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    path = _write(tmp_path, "\ufeff" + json.dumps(_content()))
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf")
+    assert len(Coco(path)) == 2
 
 
 def test_val_must_have_the_labelled_categories(tmp_path):

@@ -295,6 +295,18 @@ def test_a_worker_that_dies_is_said_to_within_seconds_and_the_batch_is_made_agai
     assert_same(take(loader, 2), expected[place : place + 2])
 
 
+def test_workers_outlive_the_signals_that_a_run_saves_at():
+    loader = make_loader(Memory(5), None, config(view=VARIED_VIEW, num_workers=2))
+    expected = take(make_loader(Memory(5), None, config(view=VARIED_VIEW)), 30)
+    assert_same(take(loader, 1), expected[:1])
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, signal.SIGTERM)
+    assert_same(take(loader, 29), expected[1:])
+    loader.close()
+    assert not multiprocessing.active_children()
+
+
 ORPHAN = """
 import os, signal, sys, time
 sys.path[:0] = sys.argv[1:]

@@ -239,6 +239,24 @@ def test_a_damaged_shard_is_refused_with_a_way_out(tmp_path, images, how, proble
         PseudoLabels.open(tmp_path / "store")
 
 
+def test_shards_that_changed_after_the_store_was_finished_are_refused(tmp_path, images):
+    writer = _complete(tmp_path / "store", images)
+    statistics = writer.finish()
+    assert writer.finish() == statistics == read_json(tmp_path / "store" / "stats.json")
+    shard = tmp_path / "store" / "shard-00000.jsonl"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole.replace(b'"category_id": 33', b'"category_id": 24', 1))
+    for look in (PseudoLabels.open, lambda _: writer.finish()):
+        with pytest.raises(DataError, match=r"its shards are damaged, or others than stats\.json was written for; del"):
+            look(tmp_path / "store")
+    # A shard that is made again may be another, and the statistics with it.
+    shard.write_bytes(whole)
+    shard.unlink()
+    writer.write_shard(0, [_found(0.6), _found()])
+    assert writer.finish()["instances"] < statistics["instances"]
+    assert writer.finish()["content_hash"] == PseudoLabels.open(tmp_path / "store").content_hash
+
+
 def test_no_store_at_all(tmp_path, images):
     with pytest.raises(DataError, match="run the pseudo_label step first"):
         PseudoLabels.open(tmp_path / "nothing")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 
@@ -80,11 +81,24 @@ def test_an_import_that_was_stopped_half_way_is_finished(store, tmp_path):
     write_json(tmp_path / "labels.json", export_labels(store))
     import_labels(store, tmp_path / "labels.json")
     reviewed = PseudoLabels.open(store).reviewed
-    store.rename(tmp_path / "store.importing")  # between the two renames
+    new, before, replaced = (tmp_path / f"store.{what}" for what in ("importing", "before_review", "replaced"))
+    before.rename(replaced)  # after the second of three renames
+    for _ in range(2):
+        finish_import(store)
+        assert PseudoLabels.open(store).reviewed == reviewed
+        assert PseudoLabels.open(before).reviewed == ""
+    store.rename(new)
+    before.rename(replaced)  # after the first
     finish_import(store)
     assert PseudoLabels.open(store).reviewed == reviewed
+    shutil.copytree(before, replaced)
+    store.rename(new)  # the same of a second review: the first state stays
     finish_import(store)
     assert PseudoLabels.open(store).reviewed == reviewed
+    assert PseudoLabels.open(before).reviewed == ""
+    store.rename(new)  # before the first, and the labels were deleted
+    finish_import(store)
+    assert not store.exists()
 
 
 def test_labels_that_a_run_trains_on_stay(store, tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +87,19 @@ def test_a_missing_image_is_named(tmp_path):
             read(tmp_path / "gone.png")
 
 
+@pytest.mark.parametrize(("there", "asked"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_name_in_another_unicode_form_is_told_apart(tmp_path, there, asked):
+    file, named = (unicodedata.normalize(form, "Bär/Zähler.png") for form in (there, asked))
+    _save(tmp_path / file)
+    for read in (read_image, image_size):
+        with pytest.raises(DataError, match=f"no such image file; it is there with a name in Unicode's form {there}"):
+            read(tmp_path / named)
+        with pytest.raises(DataError, match=f"Unicode's form {there}"):
+            read((tmp_path / file).with_name(Path(named).name))
+        with pytest.raises(DataError, match=r"no such image file$"):
+            read(tmp_path / "Bär.png")
+
+
 def test_a_folder_is_searched_deeply_and_sorted(tmp_path):
     for name in ("b/2.PNG", "b/1.jpg", "a.png", "b/c/0.png"):
         _save(tmp_path / name)
@@ -98,6 +113,20 @@ def test_a_folder_is_searched_deeply_and_sorted(tmp_path):
     np.testing.assert_array_equal(source.image(0), _RGB)
     with pytest.raises(DataError, match="no labels"):
         source.instances(0)
+    assert source.left_out == ()
+
+
+def test_images_of_other_formats_are_left_out_by_name(tmp_path):
+    for name in ("b/1.HEIC", "2.gif", "labels.json", "notes.txt", "a.xml", "Thumbs.db", ".3.gif", "4.gif/x.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    said = r"2 files with other extensions \(\.gif, \.heic\) are left out; save .*: 2\.gif, b/1\.HEIC"
+    with pytest.raises(DataError, match=rf"holds no images; looked for .*; {said}"):
+        ImageFolder(tmp_path)
+    _save(tmp_path / "a.png")
+    assert ImageFolder(tmp_path).left_out == ("2.gif", "b/1.HEIC")
+    assert ImageFolder(f"{tmp_path}/**/*").left_out == ("2.gif", "b/1.HEIC")
+    assert ImageFolder(f"{tmp_path}/*.png").left_out == ()
 
 
 def test_a_pattern_chooses_and_its_root_ends_before_the_wildcard(tmp_path):

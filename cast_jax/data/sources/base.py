@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Protocol
@@ -96,7 +97,7 @@ def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "height width 
                 return np.repeat(grey[..., None], 3, axis=-1)
             return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except FileNotFoundError:
-        raise DataError(f"{path}: no such image file") from None
+        raise _missing(path) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from error
 
@@ -108,7 +109,7 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
             _check_sides(image)
             return image.height, image.width
     except FileNotFoundError:
-        raise DataError(f"{path}: no such image file") from None
+        raise _missing(path) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from error
 
@@ -202,6 +203,15 @@ def _open(path: str | os.PathLike[str]) -> Image.Image:
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("it is not a file")
     return Image.open(path)
+
+
+def _missing(path: str | os.PathLike[str]) -> DataError:
+    whole, hint = Path(path), ""
+    for form in ("NFC", "NFD"):
+        other = unicodedata.normalize(form, str(whole))
+        if os.path.exists(other) or whole.with_name(os.path.basename(other)).exists():
+            hint = f"; it is there with a name in Unicode's form {form}: rename the file, or mend the list or JSON"
+    return DataError(f"{path}: no such image file{hint}")
 
 
 def _unreadable(path: str | os.PathLike[str], error: BaseException) -> DataError:

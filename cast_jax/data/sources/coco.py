@@ -20,13 +20,14 @@ from pycocotools import mask as coco_mask
 
 from cast_jax.core.annotations import Category, Instances, decode_mask, encode_mask
 from cast_jax.core.errors import DataError
-from cast_jax.data.sources.base import ImageRecord, check_relative, image_size, name_some, read_image
+from cast_jax.data.sources.base import ImageRecord, check_relative, image_size, name_some, orientation, read_image
 
 MAX_OVERHANG = 2.0
 """Pixels that a polygon's vertex may lie outside its image (COCO's own do, by rounding); it is cut at the border."""
 
 _KEPT = {"id", "image_id", "category_id", "segmentation", "iscrowd", "bbox", "file_name", "height", "width", "name"}
 _KEPT |= {"score", "mask_quality"}  # of pseudo-labels
+_ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _LOG = logging.getLogger(__name__)
 
 
@@ -34,7 +35,7 @@ class Coco:
     """The images of one COCO JSON, in its order.
 
     Category ids may be sparse: labels are positions in the categories sorted by id. An ``iscrowd`` annotation becomes
-    ``ignore`` (less the pixels of instances). Instances without a single pixel are left out.
+    ``ignore`` (less the pixels of instances). Annotations that cover no pixel are left out, and named.
 
     Args:
       annotations: the JSON file.
@@ -97,7 +98,7 @@ class Coco:
     def _read_annotations(self, entries: list[dict[str, Any]], on_fault: str) -> None:
         positions = {category.id: position for position, category in enumerate(self._categories)}
         image_of = {image_id: index for index, image_id in enumerate(self._ids)}
-        by_image: list[list[tuple[int, bool, Any]]] = [[] for _ in self._ids]
+        by_image: list[list[tuple[int | str, int, bool, Any]]] = [[] for _ in self._ids]
         seen: set[str] = set()
         contents: set[bytes] = set()
         faults, outside, copies = [], [], []
@@ -111,7 +112,7 @@ class Coco:
                 faults.append(str(fault))
                 continue
             seen.add(repr(name))
-            by_image[index].append((label, bool(entry.get("iscrowd", 0)), shape))
+            by_image[index].append((name, label, bool(entry.get("iscrowd", 0)), shape))
             content = _digest(index, label, shape)
             copies += [name] if content in contents else []
             contents.add(content)
@@ -170,29 +171,49 @@ class Coco:
         Raises:
           DataError: the image file's size is not the JSON's.
         """
-        record, (height, width) = self.record(index), map(int, self._sizes[index])
-        if (size := image_size(record.path)) != (height, width):
-            raise DataError(
-                f"{record.path}: is {size} pixels (height, width), but {self.annotations} says {(height, width)} "
-                f"for image {record.image_id}"
-            )
-        labels, masks, ignore = [], [], np.zeros((height, width), bool)
-        for label, is_crowd, shape in self._by_image[index]:
+        height, width = self._size(index)
+        labels, masks, without_pixels, ignore = [], [], [], np.zeros((height, width), bool)
+        for name, label, is_crowd, shape in self._by_image[index]:
             mask = _rasterise(shape, height, width)
-            if is_crowd:
+            if not mask.any():
+                without_pixels.append(name)
+            elif is_crowd:
                 ignore |= mask
-            elif mask.any():
+            else:
                 labels.append(label)
                 masks.append(mask)
-        if not masks:
-            return Instances(**{**vars(Instances.empty(height, width)), "ignore": ignore})
-        stacked = np.stack(masks)
+        stacked = np.stack(masks) if masks else np.zeros((0, height, width), bool)
         return Instances(
             masks=stacked,
             labels=np.asarray(labels, np.int32),
             ignore=ignore & ~stacked.any(axis=0),
             scores=np.ones(len(labels), np.float32),
+            without_pixels=tuple(without_pixels),
         )
+
+    def _size(self, index: int) -> tuple[int, int]:
+        """The JSON's (height, width) of image ``index``, which must be its file's."""
+        record, (height, width) = self.record(index), map(int, self._sizes[index])
+        if (size := image_size(record.path)) == (height, width):
+            return size
+        hint = ""
+        if size == (width, height) and (turned := orientation(record.path)) in _ON_ITS_SIDE:
+            hint = (
+                f"; the file has the EXIF orientation {turned}, which is not applied: turn its pixels (exiftran -ai "
+                "FILE for a JPEG, or Pillow's ImageOps.exif_transpose), or annotate them as stored"
+            )
+        raise DataError(
+            f"{record.path}: is {size} pixels (height, width), but {self.annotations} says {(height, width)} "
+            f"for image {record.image_id}{hint}"
+        )
+
+
+def cover_no_pixel(names: Sequence[str]) -> str:
+    """A warning of annotations that cover no pixel."""
+    return (
+        f"{len(names)} annotations cover no pixel and are left out (polygons are in pixels, not in shares of the "
+        f"image's sides): {name_some(names, 3)}"
+    )
 
 
 def require_same_categories(expected: Sequence[Category], found: Sequence[Category], where: str) -> None:
@@ -217,7 +238,7 @@ def read_annotations(path: Path) -> dict[str, Any]:
       DataError: it is missing, not JSON, or lacks a list.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             content = json.load(file, object_hook=_compact)
     except FileNotFoundError:
         raise DataError(f"{path}: no such annotation file") from None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from jaxtyping import UInt8
@@ -16,6 +16,12 @@ from cast_jax.data.sources.base import ImageRecord, check_relative, name_some, r
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """What counts as an image when a folder or a pattern is searched (case is ignored)."""
+OTHER_EXTENSIONS = (
+    *(".avif", ".bpg", ".exr", ".gif", ".heic", ".heif", ".hif", ".j2k", ".jfif", ".jp2", ".jpe", ".jxl"),
+    *(".pbm", ".pcx", ".pgm", ".pnm", ".ppm", ".psd", ".svg", ".tga", ".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf"),
+    *(".raf", ".rw2", ".czi", ".dcm", ".dicom", ".lif", ".mrxs", ".nd2", ".ndpi", ".nii", ".svs"),
+)
+"""Images of formats that are not read: of cameras, phones, microscopes and scanners."""
 
 
 class ImageFolder:
@@ -27,6 +33,9 @@ class ImageFolder:
       root: the folder that file names are relative to. By default the folder itself, the part of the pattern before
         its first wildcard, or the folder of the list.
 
+    Attributes:
+      left_out: files that a search has found with one of :data:`OTHER_EXTENSIONS`.
+
     Raises:
       DataError: nothing is there, or the list leaves its folder or repeats an image. Whether a list's images are there
         is not looked at here, but with those of all sources (:func:`cast_jax.data.checks.check_source`).
@@ -34,6 +43,7 @@ class ImageFolder:
 
     def __init__(self, images: str | os.PathLike[str], root: str | os.PathLike[str] | None = None):
         images = os.fspath(images)
+        self.left_out: tuple[str, ...] = ()
         if images.lower().endswith(".txt"):
             self.root = Path(root if root is not None else Path(images).parent)
             self._names = _listed(images)
@@ -41,15 +51,23 @@ class ImageFolder:
             if ".." in Path(images).relative_to(_before_wildcard(images)).parts:
                 raise DataError(f"{images}: may not have .. after a wildcard; begin with the folder above the images")
             self.root = Path(root if root is not None else _before_wildcard(images))
-            found = [Path(path) for path in glob.iglob(images, recursive=True) if _is_image(Path(path))]
-            self._names = sorted(_relative_to(path, self.root) for path in found)
+            self._search(map(Path, glob.iglob(images, recursive=True)))
         else:
             if not Path(images).is_dir():
                 raise DataError(f"{images}: no such folder of images (give a folder, a glob pattern or a .txt list)")
             self.root = Path(root if root is not None else images)
-            self._names = sorted(_relative_to(path, self.root) for path in _walk(Path(images)) if _is_image(path))
+            self._search(_walk(Path(images)))
         if not self._names:
-            raise DataError(f"{images}: holds no images; looked for {', '.join(EXTENSIONS)}")
+            others = f"; {said}" if (said := other_formats(self.left_out)) else ""
+            raise DataError(f"{images}: holds no images; looked for {', '.join(EXTENSIONS)}{others}")
+
+    def _search(self, paths: Iterable[Path]) -> None:
+        found: list[str] = []
+        others: list[str] = []
+        for path in paths:
+            if _is_image(path):
+                (found if path.suffix.lower() in EXTENSIONS else others).append(_relative_to(path, self.root))
+        self._names, self.left_out = sorted(found), tuple(sorted(others))
 
     @property
     def categories(self) -> tuple[Category, ...]:
@@ -73,10 +91,21 @@ class ImageFolder:
         raise DataError(f"{self.record(index).path}: a folder of images has no labels")
 
 
+def other_formats(files: Sequence[str]) -> str:
+    """A warning of the files that :class:`ImageFolder` has left out; nothing if there are none."""
+    if not files:
+        return ""
+    extensions = ", ".join(sorted({PurePosixPath(file).suffix.lower() for file in files}))
+    return (
+        f"{len(files)} files with other extensions ({extensions}) are left out; save them as PNG or JPEG to use them: "
+        f"{name_some(files, 3)}"
+    )
+
+
 def _is_image(path: Path) -> bool:
     # Files that begin with a dot are no one's images: macOS leaves "._name.jpg" beside every copied file.
     # A link to nowhere is one: the check before a run names it.
-    named = path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+    named = path.suffix.lower() in (*EXTENSIONS, *OTHER_EXTENSIONS) and not path.name.startswith(".")
     return named and (path.is_file() or (path.is_symlink() and not path.exists()))
 
 
