@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
 from cast_jax.core.annotations import Category
 from cast_jax.core.distributed import is_first
@@ -19,6 +19,8 @@ from cast_jax.core.files import atomic_write, read_json, write_json
 from cast_jax.core.rules import is_stacked, layer_names, named_leaves
 from cast_jax.core.sharding import whole
 from cast_jax.models.functional import Params
+
+_DIGEST = "cast_jax sha256"  # of names and numbers, in a file's metadata
 
 
 def save_weights(path: Path, params: Params, model: dict[str, Any], categories: Sequence[Category]) -> None:
@@ -32,7 +34,8 @@ def save_weights(path: Path, params: Params, model: dict[str, Any], categories: 
         return
     write_json(path.parent / "config.json", model)
     write_json(path.parent / "classes.json", [{"id": category.id, "name": category.name} for category in categories])
-    atomic_write(path, save(arrays, metadata={"format": "cast_jax"}))
+    # One entry: safetensors writes several in any order.
+    atomic_write(path, save(arrays, metadata={_DIGEST: _digest(arrays)}))
 
 
 def load_weights(path: Path | str) -> tuple[Params, dict[str, Any], tuple[Category, ...]]:
@@ -41,7 +44,7 @@ def load_weights(path: Path | str) -> tuple[Params, dict[str, Any], tuple[Catego
     Raises:
       UserError: a missing or damaged file, naming it.
     """
-    return _load(Path(path), load_file)
+    return _load(Path(path), _read_arrays)
 
 
 def load_shapes(path: Path) -> tuple[Params, dict[str, Any], tuple[Category, ...]]:
@@ -51,6 +54,23 @@ def load_shapes(path: Path) -> tuple[Params, dict[str, Any], tuple[Category, ...
       UserError: a missing or damaged file, naming it.
     """
     return _load(path, _read_shapes)
+
+
+def _read_arrays(path: Path) -> dict[str, Any]:
+    with safe_open(path, "numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        known = (file.metadata() or {}).get(_DIGEST)  # which earlier files lack
+    if known and known != _digest(arrays):
+        raise ValueError("its numbers are not those that were written; delete it, and its run exports it again")
+    return arrays
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
 
 
 def _read_shapes(path: Path) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def _made(options: argparse.Namespace) -> Made:
-    if options.dataset == "ade20k" and not options.percent:
+    if options.dataset == "ade20k" and not (options.percent or options.lists):
         return _classes(Ade20k(options.path, "training"), options)
     source: Source
     if options.dataset == "coco":

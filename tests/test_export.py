@@ -7,6 +7,7 @@ import hashlib
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from cast_jax.core.annotations import Category
 from cast_jax.core.errors import UserError
@@ -53,6 +54,16 @@ def test_unreadable_exports_are_named(tmp_path):
         for load in (load_weights, load_shapes):
             with pytest.raises(UserError, match=r"last\.safetensors: not a readable export"):
                 load(path)
+    changed = bytearray(whole)
+    changed[-3] ^= 1
+    path.write_bytes(changed)
+    with pytest.raises(UserError, match=r"its numbers are not those that were written; delete it"):
+        load_weights(path)
+    earlier = path.with_name("earlier.safetensors")
+    earlier.write_bytes(save({"kernel": np.ones(3)}))  # which says nothing of its numbers
+    load_weights(earlier)
+    with pytest.raises(UserError, match=rf"{tmp_path}: is a folder; name the file, such as {earlier}"):
+        load_weights(tmp_path)
     path.write_bytes(whole)
     for classes in ("{", '[{"name": "car"}]', "3"):
         (tmp_path / "classes.json").write_text(classes)
