@@ -28,7 +28,7 @@ from cast_jax.data.review import export_labels, finish_import
 from cast_jax.data.sources.base import Source
 from cast_jax.data.sources.folder import ImageFolder
 from cast_jax.data.sources.pseudo_labelled import PseudoLabelled
-from cast_jax.export import load_weights, merge_weights, weights_hash
+from cast_jax.export import load_shapes, load_weights, merge_weights, weights_hash
 from cast_jax.models.functional import Params
 from cast_jax.models.registry import build_segmenter
 from cast_jax.predict import Predictor
@@ -65,6 +65,7 @@ def predict(
       UserError, DataError: weights that are no export of a run; an output folder with the masks of other weights,
         images or thresholds.
     """
+    _check_export(weights)
     predictor, params, categories = _load(weights, batch_size, min_score)
     finish_import(output)
     with only_writer(output):
@@ -86,11 +87,6 @@ def predict(
 
 def _load(weights: Path, batch_size: int, min_score: float) -> tuple[Predictor, Params, tuple[Category, ...]]:
     params, described, categories = load_weights(weights)
-    if not {"model", "image_size"} <= described.keys() or not categories:
-        raise UserError(
-            f"{weights}: its config.json and classes.json do not describe a trained model; name an export of a run "
-            "(RUN/refine/exported/last.safetensors)"
-        )
     size, mesh = tuple(described["image_size"]), make_mesh()
     names = [category.name for category in categories]
     segmenter = build_segmenter(described["model"], names, size, dtype=compute_dtype())
@@ -98,6 +94,16 @@ def _load(weights: Path, batch_size: int, min_score: float) -> tuple[Predictor, 
     options: dict[str, Any] = {"batch_size": batch_size, "max_detections": MOST_MASKS, "min_score": min_score}
     predictor = Predictor(segmenter, size, mesh=mesh, **options)
     return predictor, place(params, param_shardings(params, mesh)), categories
+
+
+def _check_export(weights: Path) -> None:
+    """Raises :class:`UserError` if this is no trained model's."""
+    _, described, categories = load_shapes(weights)
+    if not {"model", "image_size"} <= described.keys() or not categories:
+        raise UserError(
+            f"{weights}: its config.json and classes.json do not describe a trained model; name an export of a run "
+            "(RUN/refine/exported/last.safetensors)"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -130,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         setup()
         setup_logging()
+        _check_export(options.weights)  # before all images are read
         on_unreadable = "skip" if options.skip_unreadable else "error"
         report = check_source("images", ImageFolder(options.images), None, on_unreadable)
         found = predict(

@@ -84,13 +84,13 @@ def test_what_is_wrong_is_said_in_a_line(inputs, tmp_path):
         with pytest.raises(SystemExit, match=message):
             main(arguments)
     described = json.loads(config.read_text())
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")  # of which nothing is said yet
     config.write_text(json.dumps({"model": described["model"]}))
     with pytest.raises(SystemExit, match="do not describe a trained model"):
         main(list(inputs))
     with pytest.raises(SystemExit):
         main([*inputs, "--max-iou", "2"])
     config.write_text(json.dumps(described))
-    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
     with pytest.raises(SystemExit, match=r"1 unreadable images of 4"):
         main(list(inputs))
     main([*inputs, "--skip-unreadable", "--min-score", "1"])
