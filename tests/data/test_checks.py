@@ -152,6 +152,11 @@ def test_sound_images_are_decoded_once(tmp_path, monkeypatch):
     assert sorted(decoded) == [1, 2]
     assert report.usable.tolist() == [0, 1, 3]
     assert report.digests == check_source("unlabelled", pool, 5, "skip").digests
+    decoded.clear()
+    kept = (tmp_path / "seen").read_bytes()
+    (tmp_path / "seen").write_bytes(bytes([kept[0] | 128]) + kept[1:])  # a damaged note costs another look
+    check_source("unlabelled", pool, 5, "skip", SeenImages(tmp_path / "seen"))
+    assert set(decoded) >= {1, 2}
 
 
 def test_copies_and_links_out_are_warnings(tmp_path):
