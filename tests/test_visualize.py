@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cast_jax.core.annotations import Category, Detections, Instances, encode_mask
-from cast_jax.visualize import PALETTE, contact_sheet, overlay, save_image, side_by_side
+from cast_jax.visualize import PALETTE, _font, contact_sheet, overlay, save_image, side_by_side
 
 CATEGORIES = (Category(3, "cat"), Category(9, "dog"))
 GREY = np.full((60, 80, 3), 100, np.uint8)
@@ -156,3 +156,8 @@ def test_images_that_cannot_be_saved(tmp_path, name, image, message):
     with pytest.raises(ValueError, match=message):
         save_image(tmp_path / name, image)
     assert not list(tmp_path.iterdir())
+
+
+def test_letters_beyond_ascii_are_drawn_apart():
+    pictures = {bytes(_font(20).getmask(letter)) for letter in "öüжå"}
+    assert len(pictures) == 4

@@ -25,7 +25,7 @@ from cast_jax.core.errors import UserError
 logger = logging.getLogger(__name__)
 GIB = 2**30
 CGROUP_LIMITS = tuple(map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")))
-_AGAIN = 1.0  # seconds after which another signal is one more wish; before, it came the same way twice
+_TWICE = 0.5  # seconds within which a signal may come once more by another way
 _STOPPING = "%s: stopping; run the same command again to continue"
 SETTINGS = {"compilation_cache": None, "debug_nans": False, "fused_attention": True, "xla_flags": ""}
 _applied = dict(SETTINGS)
@@ -140,14 +140,13 @@ def memory_limit() -> int | None:
 class StopSignals:
     """Turns SIGTERM and SIGINT into a request that a loop reads, so that it can save first; a context manager.
 
-    A second signal acts at once, as it would without this class; but not within a second, since a process may get it
-    from its parent and as one of a group. Signals that are ignored (SIGINT of a shell's background job) stay so.
+    A second signal acts at once, as it would without this class; but not within half a second, since a process may get
+    it from its parent and as one of a group. Signals that are ignored (SIGINT of a shell's background job) stay so.
     Outside the main thread, where Python allows no handlers, it does nothing.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._since = 0.0
         self._at_once = self._by_force = False
         self._previous: dict[int, Any] = {}
         self._wakeup: int | None = None
@@ -214,16 +213,14 @@ class StopSignals:
         if self._by_force:
             self._end(number)
         if self.received is not None:
-            if time.monotonic() - self._since >= _AGAIN:
-                self._restore()
-                signal.raise_signal(number)
             return
-        self.received, self._since = number, time.monotonic()
-        name = signal.Signals(number).name
+        self.received = number
+        said = _STOPPING if self._at_once else "%s: saving after the current step, then stopping"
+        logger.warning(said, signal.Signals(number).name)
+        time.sleep(_TWICE)
+        self._restore()  # only now: it must act even within a call that Python cannot interrupt
         if self._at_once:
-            logger.warning(_STOPPING, name)
             self.exit_if_received()
-        logger.warning("%s: saving after the current step, then stopping", name)
 
     def _end(self, number: int) -> NoReturn:
         logger.warning(_STOPPING, signal.Signals(number).name)
