@@ -21,13 +21,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.contrastive.fused_map import normalise
 from cast_jax.contrastive.groups import (
+    Turns,
     group_numbers,
     groups_together,
     in_groups,
-    in_turns,
     number_of_groups,
     out_of_groups,
-    out_of_turns,
 )
 from cast_jax.contrastive.peers import ALONE, Peers
 from cast_jax.contrastive.pools import Known, Pools, add_to_candidates, flatten, make_pools, read_candidates
@@ -165,25 +164,26 @@ def effective_number(positions: Int[Array, "slots"], taken: Bool[Array, "slots"]
 
 def _with_effective(sums: Sums, positions, taken, valid) -> Sums:
     """``sums`` with the effective number of negatives of these anchors."""
+    positions = jnp.broadcast_to(positions, taken.shape)
     effective = jnp.where(valid, jax.vmap(effective_number)(positions, taken), 0.0)
     return sums._replace(effective=jnp.sum(effective, dtype=float), effective_anchors=jnp.sum(valid, dtype=float))
 
 
-def _propose(config, key, number, anchors: Anchors, pools: Pools, centre, known: Known):
-    """A group's pool and the negatives that it accepts there."""
-    which = number % pools.number
-    pool = pools.read(which, known)
-    shared = mixture_proposals(
-        jax.random.fold_in(key, number),
+def _propose(config, key, numbers, anchors: Anchors, pool: Known, masses, centre):
+    """The negatives that these groups, whose anchors stand in a row, accept in the pool that they share."""
+    size = len(anchors.own) // len(numbers)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+    coins = jax.vmap(lambda key: jax.random.uniform(key, (size, 1, config.num_slots)))(keys)
+    return mixture_proposals(
+        flatten(coins),
         anchors.g_hat - centre,
         anchors.own,
         pool.g_hat - centre,
         pool.position,
-        pools.masses,
+        masses,
         score=config.sampling_score,
         num_negatives=config.num_negatives,
     )
-    return which, pool, shared
 
 
 def _contrast_groups(config, key, z_anchors, z_positives, anchors: Anchors, pools: Pools, centre, known: Known):
@@ -193,10 +193,14 @@ def _contrast_groups(config, key, z_anchors, z_positives, anchors: Anchors, pool
     """
     numbers = group_numbers(config, anchors.image, anchors.own.shape[1])
     grouped = in_groups(config, (z_anchors, z_positives, anchors._replace(image=jnp.zeros_like(anchors.own))))
+    size, embedding = grouped[0].shape[1:]
+    turns = Turns.plan(len(numbers), pools.number, groups_together(config, size, embedding))
 
-    def contrast_group(number, group):
-        z_anchors, z_positives, anchors = group
-        which, pool, shared = _propose(config, key, number, anchors, pools, centre, known)
+    def contrast_pool(numbers, groups):
+        z_anchors, z_positives, anchors = jax.tree.map(flatten, groups)
+        which = numbers[0] % pools.number
+        pool = pools.read(which, known)
+        shared = _propose(config, key, numbers, anchors, pool, pools.masses, centre)
         served = anchors.valid & (shared.accepted >= config.num_negatives)
         more, (d_anchors, d_positives, d_pool) = _contrast_rows(
             config, z_anchors, z_positives, pool.z, shared.taken, anchors._replace(valid=served), pool.regions
@@ -208,25 +212,20 @@ def _contrast_groups(config, key, z_anchors, z_positives, anchors: Anchors, pool
             short=jnp.sum(anchors.valid & ~served, dtype=float),
             requested=requested,
         )
-        more = _with_effective(more, pool.position[None], shared.taken[:1], served[:1])  # of one: it is costly
-        return which, more, d_pool, (d_anchors, d_positives, anchors.valid & ~served)
+        # Of one anchor a group: it is costly.
+        more = _with_effective(more, pool.position[None], shared.taken[::size], served[::size])
+        by_group = lambda array: array.reshape(len(numbers), size, *array.shape[1:])
+        return which, more, d_pool, jax.tree.map(by_group, (d_anchors, d_positives, anchors.valid & ~served))
 
-    def contrast_together(numbers, groups):
-        which, more, d_pools, of_anchors = jax.vmap(contrast_group)(numbers, groups)
-        return which, jax.tree.map(lambda each: jnp.sum(each, axis=0), more), d_pools, of_anchors
-
-    together = groups_together(config, *grouped[0].shape)
-
-    def step(carry, groups):
+    def step(carry, turn):
         sums, d_negatives = carry
-        which, more, d_pool, of_anchors = (contrast_group if together == 1 else contrast_together)(*groups)
-        return (_add(sums, more), pools.add(which, d_pool, d_negatives)), of_anchors
+        which, more, d_pool, by_group = jax.vmap(contrast_pool)(*turn)
+        more = jax.tree.map(lambda each: jnp.sum(each, axis=0), more)
+        return (_add(sums, more), pools.add(which, d_pool, d_negatives)), by_group
 
     d_negatives = jnp.zeros_like(_wide(known.z if pools.exchanged is None else pools.exchanged.z))
-    turns = in_turns((numbers, grouped), together)
-    (sums, d_negatives), by_turn = jax.lax.scan(step, (_no_sums(), d_negatives), turns)
-    by_group = out_of_turns(by_turn, together, len(numbers))
-    d_anchors, d_positives, short = out_of_groups(by_group, anchors.own.shape)
+    (sums, d_negatives), by_turn = jax.lax.scan(step, (_no_sums(), d_negatives), turns.split((numbers, grouped)))
+    d_anchors, d_positives, short = out_of_groups(turns.join(by_turn), anchors.own.shape)
     return sums, (d_anchors, d_positives, d_negatives), short
 
 
@@ -365,7 +364,8 @@ def draw_negatives(
 
         def propose(group):
             number, anchors = group
-            _, pool, shared = _propose(config, coin_key, number, anchors, pools, candidates.centre, known)
+            pool = pools.read(number % pools.number, known)
+            shared = _propose(config, coin_key, number[None], anchors, pool, pools.masses, candidates.centre)
             first = jnp.argsort(~shared.taken, axis=-1, stable=True)[:, : config.num_negatives]
             short = config.num_negatives - first.shape[1]
             return jnp.pad(pool.position[first], ((0, 0), (0, short))), shared.accepted >= config.num_negatives

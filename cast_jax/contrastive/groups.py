@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TypeVar
 
 import jax
@@ -56,25 +57,75 @@ def out_of_groups(arrays: Tree, shape: tuple[int, ...]) -> Tree:
     return jax.tree.map(join, arrays)
 
 
-def groups_together(config: ContrastiveConfig, groups: int, size: int, embedding: int) -> int:
+def groups_together(config: ContrastiveConfig, size: int, embedding: int) -> int:
     """How many groups of ``size`` take a turn: one on a CPU, whose caches hold it; elsewhere kernels must be long."""
     if target.backend() == "cpu":
         return 1
-    most = max(_TOGETHER // (2 * config.num_slots * max(size, embedding)), 1)
-    return -(-groups // -(-groups // most))
+    return max(_TOGETHER // (2 * config.num_slots * max(size, embedding)), 1)
 
 
-def in_turns(groups: Tree, together: int) -> Tree:
-    """[groups, ...] as [turns, together, ...], padded with groups of invalid anchors (zeros); as they are if alone."""
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """How groups take turns: with ``pools`` pools at a time, and ``sharing`` groups of each, as one.
 
-    def split(array: Array) -> Array:
-        padded = jnp.pad(array, [(0, -len(array) % together)] + [(0, 0)] * (array.ndim - 1))
-        return padded.reshape(-1, together, *array.shape[1:])
+    A pool's groups together read it once, and add up to its gradient in one product.
 
-    return groups if together == 1 else jax.tree.map(split, groups)
+    Attributes:
+        groups: how many there are.
+        columns: every so many-th group has the same pool.
+    """
+
+    groups: int
+    columns: int
+    pools: int = 1
+    sharing: int = 1
+
+    @classmethod
+    def plan(cls, groups: int, pools: int, together: int) -> Turns:
+        """For groups that have these pools by turns, of which at most ``together`` take a turn."""
+        if together == 1:
+            return cls(groups, groups)
+        columns = min(groups, pools)
+        sharing = _evenly(-(-groups // columns), together)
+        return cls(groups, columns, _evenly(columns, max(together // sharing, 1)), sharing)
+
+    @property
+    def _blocks(self) -> tuple[int, int, int, int]:
+        """Blocks of rows, rows of one, blocks of columns, columns of one: of a table of groups by pools, padded."""
+        rows = -(-self.groups // self.columns)
+        return -(-rows // self.sharing), self.sharing, -(-self.columns // self.pools), self.pools
+
+    def split(self, tree: Tree) -> Tree:
+        """[groups, ...] as [turns, pools, sharing, ...], padded with groups of invalid anchors (zeros)."""
+        rows, sharing, columns, pools = self._blocks
+
+        def split(array: Array) -> Array:
+            rest = array.shape[1:]
+            table = _pad(array, rows * sharing * self.columns).reshape(rows * sharing, self.columns, *rest)
+            table = _pad(table, columns * pools, axis=1).reshape(rows, sharing, columns, pools, *rest)
+            return jnp.moveaxis(table, 1, 3).reshape(rows * columns, pools, sharing, *rest)
+
+        return jax.tree.map(split, tree)
+
+    def join(self, tree: Tree) -> Tree:
+        """What ``split`` made, as it was."""
+        rows, sharing, columns, pools = self._blocks
+
+        def join(array: Array) -> Array:
+            rest = array.shape[3:]
+            table = jnp.moveaxis(array.reshape(rows, columns, pools, sharing, *rest), 3, 1)
+            table = table.reshape(rows * sharing, columns * pools, *rest)[:, : self.columns]
+            return table.reshape(rows * sharing * self.columns, *rest)[: self.groups]
+
+        return jax.tree.map(join, tree)
 
 
-def out_of_turns(turns: Tree, together: int, groups: int) -> Tree:
-    """What ``in_turns`` made of so many groups, [groups, ...], as it was."""
-    join = lambda array: array.reshape(-1, *array.shape[2:])[:groups]
-    return turns if together == 1 else jax.tree.map(join, turns)
+def _evenly(count: int, most: int) -> int:
+    """So many at a time, at most ``most``, that no more turns are needed and the last is as full as can be."""
+    return -(-count // -(-count // most))
+
+
+def _pad(array: Array, length: int, axis: int = 0) -> Array:
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, length - array.shape[axis])
+    return jnp.pad(array, widths)

@@ -149,7 +149,7 @@ class SharedDraws(NamedTuple):
 
 
 def mixture_proposals(
-    key: PRNGKeyArray,
+    coins: Float[Array, "anchors 1 slots"],
     anchors: Float[Array, "anchors dim"],
     own: Int[Array, "anchors"],
     pool: Float[Array, "terms*slots dim"],
@@ -168,6 +168,7 @@ def mixture_proposals(
     The first K accepted slots are K independent draws from exactly the anchor's own distribution.
 
     Args:
+        coins: uniform numbers in [0, 1).
         anchors: pseudo-probability vectors relative to the candidates' centre, like the ``pool``'s.
         own: each anchor's position, which it never draws; -1 if it is not among the candidates.
         masses: ``Σ_r β_j(r)`` of each term.
@@ -184,8 +185,7 @@ def mixture_proposals(
     total = jnp.sum(mass, axis=-1, keepdims=True)
     share = (mass / jnp.where(total > 0, total, jnp.inf))[:, :, None]
     start = jnp.cumsum(share, axis=1) - share
-    coin = jax.random.uniform(key, (num_anchors, 1, slots))
-    hit = (coin >= start) & (coin < start + share * ratio)
+    hit = (coins >= start) & (coins < start + share * ratio)
 
     rank = running_count(jnp.any(hit, axis=1))
     taken = hit & (rank <= num_negatives)[:, None, :]

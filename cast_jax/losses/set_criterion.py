@@ -214,6 +214,7 @@ def _matching_costs(
     # One pixel in sixteen tells where most of a mask lies.
     seldom = layers.features[::4, ::4].reshape(-1, layers.features.shape[-1])
     care, seldom_ignored = 1.0 - ignored, soft_ignore[::4, ::4].reshape(-1)
+    labels = labels * care
 
     def of_layer(layer: tuple[Array, Array]) -> tuple[Array, Array]:
         embeddings, class_logits = layer
@@ -226,9 +227,8 @@ def _matching_costs(
 
 
 def _matching_cost(logits, class_logits, classes, labels, care, config) -> Float[Array, "queries instances"]:
-    """Of one image in one layer: mask logits ``[queries, points]`` against labels ``[instances, points]``."""
+    """Of one image in one layer: mask logits ``[queries, points]`` against labels, 0 where there is no ``care``."""
     class_cost = -jax.nn.softmax(class_logits)[:, classes]
-    labels = labels * care
     # softplus(x) - x y is the cross-entropy; split so that pairs are one matrix product.
     mask_cost = ((jax.nn.softplus(logits) @ care)[:, None] - logits @ labels.T) / jnp.maximum(jnp.sum(care), 1.0)
     probability = jax.nn.sigmoid(logits)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from cast_jax.core import target
 from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.core.resize import apply_matrices, interpolation_matrix
@@ -239,7 +240,9 @@ class DinoV2(nnx.Module):
         keys = None if rngs is None else jax.random.split(rngs.dropout(), depth)
         tokens = self._embed(images)
         kept = jnp.zeros((len(chosen) + 1, *tokens.shape), tokens.dtype)
-        (_, kept), _ = self.blocks.scan(run, (tokens, kept), (jnp.array(slots), keys), layers=depth)
+        # What a GPU's loop keeps for the gradient it copies into arrays of all turns, and out of them again.
+        unrolled = target.backend() == "gpu" and self.config.remat != "blocks"
+        (_, kept), _ = self.blocks.scan(run, (tokens, kept), (jnp.array(slots), keys), layers=depth, unrolled=unrolled)
         normed = self.norm(kept[:-1])
         return [normed[chosen.index(layer)] for layer in layers]
 

@@ -104,6 +104,17 @@ class Linear(nnx.Linear):
         rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
         return rows.reshape(*inputs.shape[:-1], -1)
 
+    def product(self, inputs: Float[Array, "*batch features"]) -> Float[Array, "*batch _"]:
+        """The same without the bias."""
+        inputs, kernel = self.promote_dtype((inputs, self.kernel[...]), dtype=self.dtype)
+        rows = inputs.reshape(-1, inputs.shape[-1]) if on_one_cpu() else inputs
+        return (rows @ kernel).reshape(*inputs.shape[:-1], -1)
+
+    def add_bias(self, products: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        """What :meth:`product` leaves out."""
+        assert self.bias is not None
+        return products + self.bias[...].astype(products.dtype)
+
 
 class LayerNorm(nnx.LayerNorm):
     """Layer norm (Ba et al., 2016), the variance from centred values, as in PyTorch.

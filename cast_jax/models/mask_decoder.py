@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from cast_jax.core import target
 from cast_jax.core.config import check_ranges
-from cast_jax.core.decoded import Decoded, mask_logits
+from cast_jax.core.decoded import Decoded
 from cast_jax.core.errors import UserError
 from cast_jax.core.geometry import bilinear_sample, pixel_centres, scale_positions
 from cast_jax.core.resize import resize
@@ -87,9 +87,11 @@ class Attention(nnx.Module):
     ) -> Float[Array, "batch queries dim"]:
         """``allowed`` marks the keys that each query may read; some, at least one."""
         split = lambda x: x.reshape(*x.shape[:2], self.num_heads, -1)
-        q, k, v = split(self.query(query)), split(self.key(key)), split(self.value(value))
+        # The softmax does not see the keys' bias, which adds the same to all of a query's logits. Its weights add up to
+        # one, so that the values' bias can wait. The gradients of both would be passes over whole maps.
+        q, k, v = split(self.query(query)), split(self.key.product(key)), split(self.value.product(value))
         mixed = attend(q, k, v, None if allowed is None else allowed[:, None])
-        return self.out(mixed.reshape(*mixed.shape[:2], -1))
+        return self.out(self.value.add_bias(mixed.reshape(*mixed.shape[:2], -1)))
 
 
 class DecoderLayer(nnx.Module):
@@ -320,5 +322,6 @@ def _attention_mask(
     embedding: Float[Array, "batch queries dim"], features: Float[Array, "batch keys dim"]
 ) -> Bool[Array, "batch queries keys"]:
     """Keys inside the predicted mask; a query whose mask is empty at this level may read everything."""
-    allowed = mask_logits("bqd,bkd->bqk", jax.lax.stop_gradient(embedding), features) > 0
+    highest = jax.lax.Precision.HIGHEST  # as `mask_logits`, but of the features' type: rounding leaves signs alone
+    allowed = jnp.einsum("bqd,bkd->bqk", jax.lax.stop_gradient(embedding), features, precision=highest) > 0
     return allowed | ~jnp.any(allowed, axis=-1, keepdims=True)

@@ -13,6 +13,7 @@ from cast_jax.contrastive import contrast, pools
 from cast_jax.contrastive.bank import choose_entries, empty_bank, push
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.contrastive.contrast import Anchors, CandidatePixels, draw_negatives
+from cast_jax.contrastive.groups import Turns
 from cast_jax.contrastive.loss import choose_anchors, contrastive_loss, unique_regions
 from cast_jax.core import target
 
@@ -112,13 +113,37 @@ def test_groups_and_pools_at_a_time_change_nothing(options, monkeypatch):
 
 def test_groups_take_turns_alone_on_a_cpu_and_together_elsewhere(monkeypatch):
     config = ContrastiveConfig()
-    assert contrast.groups_together(config, 2744, 128, 128) == 1
+    assert contrast.groups_together(config, 128, 128) == 1
     monkeypatch.setattr(target, "backend", lambda: "gpu")
     for size, embedding in ((128, 128), (1, 128), (128, 256)):
-        together = contrast.groups_together(config, 2744, size, embedding)
+        together = contrast.groups_together(config, size, embedding)
         assert 2**22 < together * max(size, embedding) * 2 * config.num_slots <= 2**23
-    assert contrast.groups_together(config, 5, 128, 128) == 5
-    assert contrast.groups_together(ContrastiveConfig(num_negatives=65_536), 2744, 128, 128) == 1
+    assert contrast.groups_together(ContrastiveConfig(num_negatives=65_536), 128, 128) == 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "together", "pools", "sharing", "turns"),
+    [
+        (2744, 51, 1, 43, 64),  # the paper's: all pixels of eight images
+        (2744, 1, 1, 1, 2744),
+        (64, 51, 32, 1, 2),
+        (343, 51, 8, 6, 8),
+        (10_000, 51, 1, 40, 256),
+        (5, 51, 5, 1, 1),
+        (65, 51, 22, 2, 3),
+    ],
+)
+def test_the_groups_of_a_turn_share_its_pools(groups, together, pools, sharing, turns):
+    plan = Turns.plan(groups, 64, together)
+    numbers = np.arange(1, groups + 1)
+    split = np.asarray(plan.split(numbers))
+    assert split.shape == (turns, pools, sharing) and pools * sharing <= together
+    which = np.where(split > 0, split % 64, -1)
+    assert (np.where(which < 0, which.max(-1, keepdims=True), which) == which.max(-1, keepdims=True)).all()
+    assert np.array_equal(np.sort(split[split > 0]), numbers)
+    assert np.array_equal(plan.join(split), numbers)
+    wide = np.asarray(plan.split(np.stack([numbers, numbers], 1)))
+    assert np.array_equal(wide[..., 0], split) and np.array_equal(plan.join(wide)[:, 1], numbers)
 
 
 @pytest.mark.parametrize(
