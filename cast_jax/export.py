@@ -81,8 +81,8 @@ def _read_shapes(path: Path) -> dict[str, Any]:
 
 def _load(path: Path, read: Callable[[Path], dict[str, Any]]) -> tuple[Params, dict[str, Any], tuple[Category, ...]]:
     if path.is_dir():
-        inside = sorted(path.rglob("*.safetensors"))
-        raise UserError(f"{path}: is a folder; name the file" + (f", such as {inside[0]}" if inside else ""))
+        found = product(path)
+        raise UserError(f"{path}: is a folder; name the file" + (f", such as {found}" if found else ""))
     try:
         arrays = read(path)
         model = read_json(path.parent / "config.json")
@@ -100,6 +100,20 @@ def _load(path: Path, read: Callable[[Path], dict[str, Any]]) -> tuple[Params, d
             node = node.setdefault(parent, {})
         node[leaf] = array
     return params, model, categories
+
+
+def product(folder: Path) -> Path | None:
+    """The export that a run's folder, or one inside it, is there for: refine's, else distill's, else the newest.
+
+    Of one step the last weights come before the best. None if there is no export.
+    """
+
+    def rank(path: Path) -> tuple[bool, bool, bool, int]:
+        step = path.parent.parent.name
+        return step == "refine", step == "distill", path.stem == "last", path.stat().st_mtime_ns
+
+    exports = (path for path in folder.rglob("*.safetensors") if (path.parent / "classes.json").exists())
+    return max(filter(Path.is_file, exports), key=rank, default=None)
 
 
 def merge_weights(fresh: Params, loaded: Params, parts: Sequence[str], where: str) -> Params:

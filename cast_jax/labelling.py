@@ -21,6 +21,8 @@ from cast_jax.visualize import contact_sheet, overlay, save_image
 
 logger = logging.getLogger(__name__)
 
+_MANY_EMPTY = 0.9  # the share of images without any label that is most likely a mistake
+
 Predict = Callable[[Sequence[int], str], Iterable[tuple[int, Detections]]]
 
 
@@ -97,6 +99,16 @@ def label_images(
             made["images"],
             made["empty_images"],
         )
+        if made["empty_images"] > _MANY_EMPTY * made["images"]:
+            logger.warning(
+                "%s: nothing was found in %d of %d images, of which the next step would learn that all is background: "
+                "look at %s, train the teacher longer, or lower pseudo_labels.threshold (%g)",
+                name,
+                made["empty_images"],
+                made["images"],
+                folder / "contact_sheet.jpg",
+                options.threshold,
+            )
     distributed.barrier()
 
 

@@ -26,8 +26,9 @@ from cast_jax.workdir import make_workdir
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command continues what is there.")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: configs/<name>.py:<step>[,key=value ...].")
 
-# A field of a model or a step: not in the configuration unless it differs from the default (a model's: of its name).
-_FIELD = re.compile(r"--config\.(model|steps)\.(\w+)\.([\w.]+)=(.*)", re.DOTALL)
+# A field of a model, a step, a view or the loader: not in the configuration unless it differs from the default (a
+# model's: of its name).
+_FIELD = re.compile(r"--config\.(model|steps|data(?=\.view\.|\.loader\.))\.(\w+)\.([\w.]+)=(.*)", re.DOTALL)
 
 # How XLA's errors begin, or what they say, where a process does not get an answer from another.
 _OTHERS_FAULT = re.compile(
@@ -86,11 +87,13 @@ def run() -> None:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the flags and loads the configuration; what is wrong with them ends with a line and exit code 1."""
+    argv = _joined(argv)
     fields = [found for argument in argv if (found := _FIELD.fullmatch(argument))]
     others = [argument for argument in argv if not _FIELD.fullmatch(argument)]
     # Configuration files import configs/common.py: from here, or from where they lie themselves.
     files = [argument.removeprefix("--config=").partition(".py")[0] for argument in argv[1:] if ".py" in argument]
     sys.path[:0] = [str(Path.cwd()), *(str(Path(file).resolve().parent.parent) for file in files)]
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
     sys.argv = others  # where ml_collections looks for what the configuration must have
     try:
         rest = flags.FLAGS(others)
@@ -107,10 +110,23 @@ def parse_flags(argv: list[str]) -> list[str]:
             reason = reason.args[0]
         overrides = " ".join(argument for argument in argv if argument.startswith("--config."))
         sys.exit(f"error: {overrides}: the configuration has no {str(reason).replace(chr(10), '. ')}")
+    except ImportError as error:
+        sys.exit(f"error: {error}; configurations import configs/common.py: run where the folder configs is")
     except (flags.Error, OSError, TypeError, ValueError) as error:
         # Of an error in a configuration file, ml_collections makes a whole traceback, which ends with the reason.
         lines = str(error).strip().splitlines()
         sys.exit(f"error: {lines[-1] if any(line.startswith('Traceback') for line in lines) else error}")
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """``--config.steps.… VALUE`` as one argument, like ``--config.steps.…=VALUE``."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and not argument.startswith("--") and "=" not in joined[-1] and _FIELD.fullmatch(f"{joined[-1]}="):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _set_field(config: ConfigDict, argument: re.Match[str]) -> None:

@@ -118,11 +118,15 @@ class Pipeline:
         return make_mesh(self.config.mesh)
 
     @functools.cached_property
+    def _opened(self) -> Datasets:
+        """The run's sources before any image is read."""
+        with distributed.first_alone():
+            return open_datasets(dataclasses.asdict(self.config.data), self.workdir)
+
+    @functools.cached_property
     def datasets(self) -> Datasets:
         """The run's sources, less unreadable images where they are to be skipped."""
-        data = self.config.data
-        with distributed.first_alone():
-            datasets = open_datasets(dataclasses.asdict(data), self.workdir)
+        data, datasets = self.config.data, self._opened
         seen, parts = SeenImages(self.workdir / ".seen_images"), (datasets.labelled, datasets.unlabelled, datasets.val)
         try:
             report = check_sources(*parts, data.max_instances, data.on_unreadable, seen)
@@ -134,7 +138,7 @@ class Pipeline:
         }
         kept = {name: part.source for name, part in reports.items()}
         ids = {name: [str(source.record(i).image_id) for i in range(len(source))] for name, source in kept.items()}
-        classes = [dataclasses.asdict(category) for category in self.categories_of(datasets)]
+        classes = [dataclasses.asdict(category) for category in self.categories]
         content = {name: part.content for name, part in reports.items()}
         distributed.require_same("the images, their labels and the classes", [ids, content, classes])
         if distributed.is_first():
@@ -143,15 +147,10 @@ class Pipeline:
             write_json(self.workdir / "classes.json", classes)
         return dataclasses.replace(datasets, **kept, reports=reports)
 
-    @staticmethod
-    def categories_of(datasets: Datasets) -> tuple[Category, ...]:
-        """The classes, in the order of the model's outputs."""
-        return tuple(datasets.labelled.categories)
-
     @property
     def categories(self) -> tuple[Category, ...]:
-        """The classes of this run."""
-        return self.categories_of(self.datasets)
+        """The classes, in the order of the model's outputs."""
+        return tuple(self._opened.labelled.categories)
 
     def check(self) -> None:
         """Everything that can be wrong, found before the first step: the configuration, the images, the weights.
@@ -161,8 +160,8 @@ class Pipeline:
         """
         check_settings(self.config, self.mesh)
         check_order(self.config, self.workdir)
+        check_parameters(self.config, self.categories, self.mesh, self.workdir)  # before all images are read
         check_images(self.config, self.datasets)
-        check_parameters(self.config, self.categories, self.mesh, self.workdir)
         logger.info(
             "data: %d labelled, %d unlabelled, %d validation images, %d classes",
             *(len(source) for source in (self.datasets.labelled, self.datasets.unlabelled, self.datasets.val)),
@@ -244,6 +243,7 @@ class Pipeline:
             )
 
     def _initial_params(self, recipe: SemiSupervised, starts: Sequence[Start]) -> Params:
+        """Weights of ``starts``, and elsewhere random ones, the same in every step: what is compared begins alike."""
         # XLA:CPU would spend most of a minute optimising a program that runs once.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         params = jax.jit(recipe.init, compiler_options=options)(jax.random.key(self.config.seed))
@@ -362,7 +362,7 @@ class Pipeline:
         params = segmenter.abstract()
         for start in starts:
             params = start.merged_into(params, load_weights(start.path)[0])
-        params = jax.device_put(params, param_shardings(params, self.mesh))
+        params = place(params, param_shardings(params, self.mesh))
         begin = time.monotonic()
         metrics = self._evaluate(self._predictor(segmenter), params, folder)
         seconds = time.monotonic() - begin

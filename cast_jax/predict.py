@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, overload
 
 import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Float32, Int32, UInt8
 from tqdm import tqdm
 
-from cast_jax.core.annotations import Detections, encode_mask
+from cast_jax.core.annotations import Category, Detections, Instances, decode_mask, encode_mask
 from cast_jax.core.distributed import gather, is_first
+from cast_jax.core.errors import DataError
 from cast_jax.core.sharding import batch_sharding, make_mesh, own_rows, shard_batch
 from cast_jax.data.pipeline import eval_batches
-from cast_jax.data.sources.base import Source
+from cast_jax.data.pseudo_labels import confident
+from cast_jax.data.sources.base import MAX_SIDE, ImageRecord, Source
 from cast_jax.models.functional import Functional, Params
 from cast_jax.models.segmenter import SATURATION, score_instances
 
@@ -103,6 +106,123 @@ class Predictor:
                     rles=rles,
                 ),
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The instances in an image, best first, at the image's own size.
+
+    Attributes:
+      masks: which pixels each covers; of what overlaps, both keep theirs.
+      labels: their classes' names.
+      category_ids: their classes' ids in the labelled set that the model was trained on.
+      scores: in [0, 1].
+    """
+
+    masks: Bool[np.ndarray, "n height width"]
+    labels: tuple[str, ...]
+    category_ids: Int32[np.ndarray, "n"]
+    scores: Float32[np.ndarray, "n"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class ArrayPredictor:
+    """Finds instances in images that are in memory; made by :func:`cast_jax.predict_command.load_predictor`.
+
+    Args:
+      predictor, params: the model and its parameters.
+      categories: its classes.
+      max_iou: of two masks that overlap by more, the one with the lower score is dropped.
+    """
+
+    def __init__(self, predictor: Predictor, params: Params, categories: Sequence[Category], max_iou: float = 0.5):
+        self.predictor, self.params, self.categories = predictor, params, tuple(categories)
+        self.max_iou = max_iou
+
+    @overload
+    def __call__(self, images: UInt8[np.ndarray, "height width 3"]) -> Found: ...
+
+    @overload
+    def __call__(self, images: Sequence[UInt8[np.ndarray, "height width 3"]]) -> list[Found]: ...
+
+    def __call__(self, images: Any) -> Found | list[Found]:
+        """What is in an image, uint8 ``[height, width, 3]`` in RGB, or in each of a list of them (of any sizes).
+
+        Raises:
+          DataError (a ValueError): an array of another type or shape.
+        """
+        several = isinstance(images, list | tuple)
+        source = _Arrays(tuple(images) if several else (images,))
+        found = [
+            self._found(detections, source.arrays[index]) for index, detections in self.predictor(self.params, source)
+        ]
+        return found if several else found[0]
+
+    def _found(self, detections: Detections, image: np.ndarray) -> Found:
+        kept = confident(detections, self.predictor.min_score, self.max_iou)
+        classes = [self.categories[label] for label in kept.labels]
+        masks = [decode_mask(rle) for rle in kept.rles]
+        return Found(
+            masks=np.stack(masks) if masks else np.zeros((0, *image.shape[:2]), bool),
+            labels=tuple(category.name for category in classes),
+            category_ids=np.array([category.id for category in classes], np.int32),
+            scores=kept.scores,
+        )
+
+
+class _Arrays:
+    """Images in memory as a source without labels.
+
+    Raises:
+      DataError: one of them is no uint8 array ``[height, width, 3]``.
+    """
+
+    categories: tuple[Category, ...] = ()
+
+    def __init__(self, arrays: Sequence[Any]):
+        for index, array in enumerate(arrays):
+            _check_array(array, f"image {index}" if len(arrays) > 1 else "the image")
+        self.arrays = arrays
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def record(self, index: int) -> ImageRecord:
+        raise DataError(f"image {index} has no file: it was given as an array")
+
+    def image(self, index: int) -> UInt8[np.ndarray, "height width 3"]:
+        return np.ascontiguousarray(self.arrays[index])
+
+    def instances(self, index: int) -> Instances:
+        raise DataError(f"image {index} has no labels: it was given as an array")
+
+
+def _check_array(array: Any, name: str) -> None:
+    if not isinstance(array, np.ndarray):
+        given = type(array).__name__
+        raise DataError(f"{name} is of type {given}; give a numpy array (of a file, np.asarray(Image.open(file)))")
+    if array.ndim != 3 or array.shape[2] != 3:
+        match array.shape:
+            case (_, _):
+                hint = ": np.stack([image] * 3, axis=-1)"
+            case (_, _, 4):
+                hint = ": image[..., :3]"
+            case (3, _, _):
+                hint = ": image.transpose(1, 2, 0)"
+            case (_, _, _, _):
+                hint = "; give several as a list"
+            case _:
+                hint = ""
+        raise DataError(f"{name} has shape {array.shape}; it must be [height, width, 3], in RGB{hint}")
+    if array.dtype != np.uint8:
+        raise DataError(
+            f"{name} has dtype {array.dtype}; it must be uint8, from 0 to 255 (of floats from 0 to 1, give "
+            "(255 * image).round().astype(np.uint8))"
+        )
+    if not 1 <= min(array.shape[:2]) <= max(array.shape[:2]) <= MAX_SIDE:
+        raise DataError(f"{name} has shape {array.shape}; its sides must have 1 to {MAX_SIDE} pixels")
 
 
 def mask_at_original(

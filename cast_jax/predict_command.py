@@ -1,8 +1,9 @@
 """``cast-predict WEIGHTS IMAGES OUTPUT``: the masks that a trained model finds in images without labels.
 
 WEIGHTS is an export of a run (RUN/refine/exported/last.safetensors; config.json and classes.json lie beside it), IMAGES
-a folder, a pattern ("images/**/*.png") or a .txt list. OUTPUT becomes a folder with predictions.json (a COCO JSON with
-the labels' own category ids and a score for every mask, which annotation tools open), stats.json and pictures/.
+an image, a folder, a pattern ("images/**/*.png") or a .txt list. OUTPUT becomes a folder with predictions.json (a COCO
+JSON with the labels' own category ids and a score for every mask, which annotation tools open), stats.json and
+pictures/. Images are numbered anew, from 1: those of another COCO JSON are found by their file_name.
 A command that was stopped continues where it was when it is given again.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from cast_jax.core.annotations import Category
+from cast_jax.core.config import check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.core.files import only_writer, remove_temporaries, write_json
 from cast_jax.core.logging import setup_logging
@@ -31,7 +34,7 @@ from cast_jax.data.sources.pseudo_labelled import PseudoLabelled
 from cast_jax.export import load_shapes, load_weights, merge_weights, weights_hash
 from cast_jax.models.functional import Params
 from cast_jax.models.registry import build_segmenter
-from cast_jax.predict import Predictor
+from cast_jax.predict import ArrayPredictor, Predictor
 from cast_jax.visualize import overlay, save_image
 
 PREDICTIONS = "predictions.json"
@@ -66,8 +69,8 @@ def predict(
         images or thresholds.
     """
     _check_export(weights)
+    _check_output(output)
     predictor, params, categories = _load(weights, batch_size, min_score)
-    finish_import(output)
     with only_writer(output):
         remove_temporaries(output)
         writer = PseudoLabelWriter(output, images, categories, weights_hash(weights), min_score, max_iou, pixels=pixels)
@@ -83,6 +86,30 @@ def predict(
             picture = overlay(image, shown.masks, shown.labels, shown.scores, categories, long_side=side)
             save_image(output / "pictures" / f"{index:05d}.jpg", picture)
     return statistics
+
+
+def load_predictor(
+    weights: Path | str, *, min_score: float = 0.3, max_iou: float = 0.5, batch_size: int = 1
+) -> ArrayPredictor:
+    """A trained model for images in memory, on all devices of this machine; ``cast-predict`` as a function.
+
+    It takes an image, uint8 ``[height, width, 3]`` in RGB, or a list of them; see :class:`cast_jax.predict.Found` for
+    what it returns. The first image takes long: the model is compiled.
+
+    Args:
+      weights: an export of a run (RUN/refine/exported/last.safetensors).
+      min_score: masks with a lower score are dropped.
+      max_iou: of two masks that overlap by more, the one with the lower score is dropped.
+      batch_size: images of a list at a time.
+
+    Raises:
+      UserError (a ValueError): weights that are no export of a run, or a setting outside its range.
+    """
+    given = argparse.Namespace(min_score=min_score, max_iou=max_iou, batch_size=batch_size)
+    check_ranges(given, min_score="[0, 1]", max_iou="[0, 1]", batch_size="[1, 65536]")
+    _check_export(Path(weights))
+    predictor, params, categories = _load(Path(weights), batch_size, min_score)
+    return ArrayPredictor(predictor, params, categories, max_iou)
 
 
 def _load(weights: Path, batch_size: int, min_score: float) -> tuple[Predictor, Params, tuple[Category, ...]]:
@@ -104,6 +131,28 @@ def _check_export(weights: Path) -> None:
             f"{weights}: its config.json and classes.json do not describe a trained model; name an export of a run "
             "(RUN/refine/exported/last.safetensors)"
         )
+
+
+def _check_output(output: Path) -> None:
+    """Makes the folder; raises :class:`UserError` if it cannot be written to."""
+    try:
+        finish_import(output)
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise UserError(f"OUTPUT {output} cannot be written to ({error.strerror}); name another folder") from error
+
+
+class _OneImage(ImageFolder):
+    """A single image file."""
+
+    def __init__(self, image: Path):
+        self.root, self.left_out, self._names = image.parent, (), [image.name]
+
+
+def _open_images(images: str) -> ImageFolder:
+    path = Path(images)
+    return _OneImage(path) if path.is_file() and path.suffix.lower() != ".txt" else ImageFolder(images)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -137,8 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setup()
         setup_logging()
         _check_export(options.weights)  # before all images are read
+        _check_output(options.output)
         on_unreadable = "skip" if options.skip_unreadable else "error"
-        report = check_source("images", ImageFolder(options.images), None, on_unreadable)
+        report = check_source("images", _open_images(options.images), None, on_unreadable)
         found = predict(
             options.weights,
             report.source,

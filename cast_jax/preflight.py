@@ -17,7 +17,7 @@ from cast_jax.core.files import read_json
 from cast_jax.core.optim import make_optimizer
 from cast_jax.core.sharding import check_batch_size, param_shardings
 from cast_jax.data.datasets import Datasets
-from cast_jax.export import load_shapes, merge_weights
+from cast_jax.export import load_shapes, merge_weights, product
 from cast_jax.models.functional import Params
 from cast_jax.models.registry import check_image_size, segmenter_config
 from cast_jax.models.student import StudentConfig
@@ -85,7 +85,10 @@ def _check_names(run: RunConfig) -> None:
             raise UserError(f"{key} {value!r} is unknown; known: {', '.join(filter(None, known))}")
     for role, part, given in _initial_files(run):
         if not weights_file(given).exists():
-            raise UserError(f"config.init.{'.'.join(filter(None, (role, part)))}: no weights at {weights_file(given)}")
+            export = product(Path(given)) if Path(given).is_dir() else None
+            hint = f"; name the file, such as {export}" if export else ""
+            key = ".".join(filter(None, ("config.init", role, part)))
+            raise UserError(f"{key}: no weights at {weights_file(given)}{hint}")
 
 
 def _check_step(run: RunConfig, name: str, mesh: Mesh) -> None:
@@ -115,6 +118,10 @@ def _check_step(run: RunConfig, name: str, mesh: Mesh) -> None:
             raise UserError(
                 "pseudo_labels 'online' need objective.pseudo_label_weight above 0 and data.views ('weak', 'strong')"
             )
+    if step.train.ema_decay is not None and not step.train.evaluate_ema and step.pseudo_labels != "online":
+        raise UserError(
+            "train.ema_decay keeps an average that nothing reads: set train.evaluate_ema=True, or leave ema_decay out"
+        )
     if objective.supervised_weight and not loader.batch_labelled:
         raise UserError("objective.supervised_weight is on, which needs data.batch_labelled of at least 1")
     rows, columns = model.pixel_map(run.data.image_size)
@@ -220,21 +227,29 @@ def _check_start(
         else:
             given, _, known = load_shapes(start.path)
             head = not start.parts or any(part.split("/")[0] == "mask_decoder" for part in start.parts)
-            if head and known and known != tuple(categories):
-                listed = lambda classes: ", ".join(f"{category.id} {category.name}" for category in classes)
-                raise UserError(
-                    f"{start.where}: {start.path} is of other classes ({listed(known)}) than the labelled images "
-                    f"({listed(categories)}); leave its class head out with "
-                    f"config.steps.{name}.start_parts=('encoder',)"
-                )
+            if head:
+                leave_out = f"leave its class head out with config.steps.{name}.start_parts=('encoder',)"
+                _check_classes(start, known, categories, leave_out)
         start.merged_into(shapes[name]["segmenter"], given)
+
+
+def _check_classes(start: Start, known: Sequence[Category], categories: Sequence[Category], mend: str) -> None:
+    """Raises :class:`UserError` where weights that know classes know others than the labelled images."""
+    if known and tuple(known) != tuple(categories):
+        listed = lambda classes: ", ".join(f"{category.id} {category.name}" for category in classes)
+        raise UserError(
+            f"{start.where}: {start.path} is of other classes ({listed(known)}) than the labelled images "
+            f"({listed(categories)}); {mend}"
+        )
 
 
 def _check_zero_shot(run: RunConfig, categories: Sequence[Category]) -> None:
     """The teacher must come whole, and for these classes."""
     starts, params = initial_weights(run, "teacher"), run.segmenter("teacher", categories).abstract()
     for start in starts:
-        params = start.merged_into(params, load_shapes(start.path)[0])
+        given, _, known = load_shapes(start.path)
+        params = start.merged_into(params, given)
+        _check_classes(start, known, categories, "zero_shot evaluates what it is given as it is")
     covered = {part.split("/")[0] for start in starts for part in start.parts or tuple(params)}
     if lost := [part for part in params if part not in covered]:
         raise UserError(

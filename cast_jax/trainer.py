@@ -11,7 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from jaxtyping import Array, Bool
@@ -29,25 +29,10 @@ from cast_jax.core.progress import Progress, Stopwatch, clock
 from cast_jax.core.runtime import StopSignals, device_memory_gib, host_memory_gib
 from cast_jax.core.sharding import RULES, make_mesh, shard_batch
 from cast_jax.core.step import Trainable, TrainStep, count_images
+from cast_jax.data.prefetch import StatefulIterator
 
 logger = logging.getLogger(__name__)
 RUN_AHEAD = 2  # steps that may be queued on the device before the host waits for the oldest
-
-
-class Loader(Protocol):
-    """An endless iterator of batches (host or device arrays) that knows where it is."""
-
-    def __next__(self) -> Any:
-        """The next batch; always of the same shapes."""
-        ...
-
-    def get_state(self) -> Any:
-        """The position after the batch that was returned last, as bytes or a JSON value, the same in all processes."""
-        ...
-
-    def set_state(self, state: Any) -> None:
-        """Continues from a position given by :meth:`get_state`."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +41,10 @@ class TrainConfig:
 
     Attributes:
       steps: updates in all.
-      seed: of the initial parameters and of every update's key.
+      seed: of every update's key, and of the initial parameters where none are given.
       accumulate: micro-batches that each device computes one after another, to save memory.
-      ema_decay: keep an exponential moving average of the parameters; recipes find it in ``frozen["ema"]``.
+      ema_decay: keep an exponential moving average of the parameters, for ``evaluate_ema`` or for recipes that read
+        ``frozen["ema"]``.
       ema_warmup: begin it as a mean of the run's parameters; else with those that the run starts from.
       evaluate_ema: evaluate, export and return the average instead of the parameters.
       log_every, save_every, eval_every: in steps; the last step does all three. ``eval_every=0``: only there.
@@ -137,7 +123,7 @@ def train(
     *,
     config: TrainConfig,
     folder: Path,
-    loader: Loader,
+    loader: StatefulIterator,
     frozen: Mapping[str, Any] | None = None,
     init_params: Callable[[], Any] | Any | None = None,
     evaluate: Callable[[Any], dict[str, float]] | None = None,
@@ -345,7 +331,7 @@ def _shown(state: TrainState, config: TrainConfig) -> Any:
     return state.ema if config.evaluate_ema else state.params
 
 
-def _next(loader: Loader, name: str, step: int, stop: StopSignals) -> Any:
+def _next(loader: StatefulIterator, name: str, step: int, stop: StopSignals) -> Any:
     try:
         return next(loader)  # type: ignore[call-overload]
     except DataError:

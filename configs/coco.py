@@ -16,6 +16,8 @@ def get_config(argument: str = "cast"):
     beside the teacher's 14, of 224 (448 if it is left out).
     """
     arguments = common.parse_arguments(argument, size=0, encoder="dinov2_s", decoder="dpt", teacher="student_l")
+    if arguments.smoke and arguments.size:
+        raise ValueError("smoke has small images of its own: leave size= out")
     config = common.base(arguments, "configs/coco.py")
     config.data.kind = "coco"
     common.student_parts(config, arguments)

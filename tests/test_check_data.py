@@ -84,6 +84,12 @@ def test_the_script(run, monkeypatch, capfd):
     next((folder / "val").iterdir()).write_bytes(b"")
     with pytest.raises(SystemExit, match="error: 1 errors"):
         script.main()
+    content = json.loads((folder / "labelled.json").read_text()) | {"annotations": []}
+    (folder / "bare.json").write_text(json.dumps(content))
+    bare = ["--labelled", folder / "bare.json", "--labelled-images", folder / "labelled", "--output", workdir / "bare"]
+    monkeypatch.setattr("sys.argv", list(map(str, ["check_data.py", "coco", *bare])))
+    with pytest.raises(SystemExit, match=r"(?s)error: 1 errors.*bare\.json: none of the 4 images has an instance"):
+        script.main()
     command = ["check_data.py", "cityscapes", "--root", str(workdir / "data" / "target")]
     monkeypatch.chdir(workdir)
     for more, sizes in (((), {"labelled": 12}), (("--labelled", "1"), {"labelled": 1, "unlabelled": 11})):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from safetensors.numpy import save
 from cast_jax.core.annotations import Category
 from cast_jax.core.errors import UserError
 from cast_jax.core.files import read_json
-from cast_jax.export import load_shapes, load_weights, merge_weights, save_weights, weights_hash
+from cast_jax.export import load_shapes, load_weights, merge_weights, product, save_weights, weights_hash
 
 CATEGORIES = (Category(24, "person"), Category(26, "car"))
 MODEL = {"model": {"name": "student_tiny", "encoder": {"depth": 2}}, "image_size": [32, 48]}
@@ -62,7 +63,7 @@ def test_unreadable_exports_are_named(tmp_path):
     earlier = path.with_name("earlier.safetensors")
     earlier.write_bytes(save({"kernel": np.ones(3)}))  # which says nothing of its numbers
     load_weights(earlier)
-    with pytest.raises(UserError, match=rf"{tmp_path}: is a folder; name the file, such as {earlier}"):
+    with pytest.raises(UserError, match=rf"{tmp_path}: is a folder; name the file, such as {path}"):
         load_weights(tmp_path)
     path.write_bytes(whole)
     for classes in ("{", '[{"name": "car"}]', "3"):
@@ -72,6 +73,25 @@ def test_unreadable_exports_are_named(tmp_path):
     (tmp_path / "classes.json").unlink()
     with pytest.raises(UserError, match=r"classes\.json"):
         load_weights(path)
+
+
+def test_the_product_of_a_run_is_refine_s_then_distill_s_then_the_newest(tmp_path):
+    assert product(tmp_path) is None
+    files = [tmp_path / name / "exported" / "last.safetensors" for name in ("refine", "distill", "finetune", "adapt")]
+    for age, file in enumerate(files):
+        save_weights(file, params(), MODEL, CATEGORIES)
+        os.utime(file, (1e9 - age, 1e9 - age))
+    best = files[0].with_name("best.safetensors")
+    best.write_bytes(files[0].read_bytes())  # the newest, but not what the run ends with
+    (tmp_path / "refine" / "other.safetensors").write_bytes(b"")  # no export
+    assert product(files[0].parent) == files[0]
+    for file, left in zip(files, (best, *files[1:]), strict=True):
+        assert product(tmp_path) == file
+        file.unlink()
+        if left == best:
+            assert product(tmp_path) == best
+            best.unlink()
+    assert product(tmp_path) is None
 
 
 def test_merge_takes_everything_or_parts():

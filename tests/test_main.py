@@ -52,6 +52,14 @@ def test_a_configuration_is_read_from_any_folder_and_what_it_names_is_named(tmp_
     assert result.stderr.strip().splitlines()[-1] == "error: config.data.labelled: gone.json: no such annotation file"
 
 
+def test_a_configuration_of_one_s_own_lies_anywhere(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "cells.py").write_text((ROOT / "configs" / "coco.py").read_text())
+    command = [sys.executable, "-m", "cast_jax.main", "--config", "mine/cells.py:cast", "--workdir", "run"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.stderr.strip().splitlines()[-1].startswith("error: config.data.labelled is not set")
+
+
 def test_what_a_configuration_leaves_unsaid_can_be_set():
     config = demo.get_config("cast,smoke")
     step = config.steps.distill
@@ -111,6 +119,11 @@ FAULTS = [
         "config.steps.distill.objective.contrastive.symmetric",
     ),
     ((*CONFIG, "--config.model.pupil.name=student_s"), "the configuration has no 'pupil'"),
+    ((*CONFIG, "--config.data.view.brightness=loud"), "config.data.view.brightness"),
+    ((*CONFIG, "--config.data.view.britness=0.3"), "config.data.view: unknown key britness"),
+    ((*CONFIG, "--config.steps.adapt.train.steps", "many"), "adapt.train.steps=many: steps must be of type int"),
+    ((*CONFIG, "--config.steps.adapt.train.ema_decay=0.9"), "train.ema_decay keeps an average that nothing reads"),
+    (("--config", "configs/coco.py:cast,smoke,size=500"), "smoke has small images of its own: leave size= out"),
 ]
 
 

@@ -177,6 +177,17 @@ def test_faulty_names_are_found_before_the_workdir_is_claimed(key, value, messag
     assert not (tmp_path / "config.json").exists()
 
 
+def test_faulty_settings_are_found_before_all_images_are_read(tmp_path, monkeypatch):
+    def read(*_):
+        raise AssertionError("images were read")
+
+    monkeypatch.setattr(pipeline, "check_sources", read)
+    values = config()
+    values["steps"]["refine"]["optimizer"]["warmup_steps"] = 1_000
+    with pytest.raises(UserError, match="warmup_steps is 1000"):
+        pipeline.run(values, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("model", "techer"), ("source", "nope"), ("start", "nope"), ("pseudo_labels", "nope")]
 )

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cast_jax.core.annotations import decode_mask
+from cast_jax.core.annotations import Category, decode_mask
+from cast_jax.core.errors import DataError
 from cast_jax.core.sharding import make_mesh
 from cast_jax.data.sources.base import ImageRecord
 from cast_jax.models.segmenter import Prediction
-from cast_jax.predict import Predictor, mask_at_original
+from cast_jax.predict import ArrayPredictor, Predictor, mask_at_original
 
 CANVAS = (32, 48)
 
@@ -131,3 +132,53 @@ def test_chosen_images_and_a_floor():
     found = list(predictor({"gain": jnp.float32(20.0)}, Pictures(), [4, 1]))
     assert [(index, detections.labels.tolist()) for index, detections in found] == [(4, []), (1, [1])]
     assert list(predictor({"gain": jnp.float32(20.0)}, Pictures(), [])) == []
+
+
+CATEGORIES = (Category(7, "canvas"), Category(11, "disc"))
+
+
+def of_arrays(**options) -> ArrayPredictor:
+    predictor = Predictor(Brightness(), CANVAS, batch_size=2, **options)
+    return ArrayPredictor(predictor, {"gain": jnp.float32(20.0)}, CATEGORIES)
+
+
+def test_an_array_gives_masks_at_its_size_with_names_ids_and_scores():
+    pictures = Pictures()
+    predictor = of_arrays(min_score=0.02)
+    every = [pictures.image(index) for index in range(len(pictures))]
+    for index, (image, found) in enumerate(zip(every, predictor(every), strict=True)):
+        assert found.labels == (("disc", "canvas") if index < 4 else ("canvas",))
+        assert found.category_ids.tolist() == ([11, 7] if index < 4 else [7])
+        assert found.masks.shape == (len(found), *image.shape[:2])
+        assert found.masks.dtype == bool
+        assert found.scores.shape == (len(found),)
+        assert (np.diff(found.scores) <= 0).all()
+        alone = predictor(image[..., ::-1])  # grey, so that BGR is the same
+        np.testing.assert_array_equal(alone.masks, found.masks)
+        assert (alone.labels, alone.scores.tolist()) == (found.labels, found.scores.tolist())
+    assert predictor([]) == []
+    nothing = of_arrays(min_score=1.0)(every[0])
+    assert (len(nothing), nothing.masks.shape, nothing.scores.shape) == (0, (0, 32, 48), (0,))
+
+
+def test_of_two_masks_of_one_thing_the_better_one_is_kept():
+    bright = np.full((20, 30, 3), 255, np.uint8)
+    assert of_arrays(min_score=0.02)(bright).labels == ("disc",)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (np.zeros((4, 5, 3)), r"the image has dtype float64; it must be uint8"),
+        (np.zeros((4, 5), np.uint8), r"shape \(4, 5\); it must be \[height, width, 3\], in RGB: np\.stack"),
+        (np.zeros((4, 5, 4), np.uint8), r"shape \(4, 5, 4\); .*: image\[\.\.\., :3\]"),
+        (np.zeros((3, 4, 5), np.uint8), r"shape \(3, 4, 5\); .*: image\.transpose\(1, 2, 0\)"),
+        (np.zeros((4, 5, 1), np.uint8), r"shape \(4, 5, 1\); it must be \[height, width, 3\], in RGB$"),
+        (np.zeros((2, 4, 5, 3), np.uint8), r"shape \(2, 4, 5, 3\); .*; give several as a list"),
+        (np.zeros((0, 5, 3), np.uint8), r"shape \(0, 5, 3\); its sides must have 1 to 32766 pixels"),
+        ([np.zeros((4, 5, 3), np.uint8), "a.png"], r"image 1 is of type str; give a numpy array"),
+    ],
+)
+def test_a_wrong_array_is_refused(wrong, message):
+    with pytest.raises(DataError, match=message):
+        of_arrays()(wrong)

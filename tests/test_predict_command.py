@@ -11,10 +11,11 @@ from PIL import Image
 from pycocotools.coco import COCO
 from tiny import TINY, drawn
 
-from cast_jax.core.annotations import Category
+from cast_jax.core.annotations import Category, decode_mask
+from cast_jax.core.errors import UserError
 from cast_jax.export import save_weights
 from cast_jax.models.registry import build_segmenter
-from cast_jax.predict_command import main
+from cast_jax.predict_command import load_predictor, main
 
 CATEGORIES = (Category(24, "person"), Category(33, "bicycle"))
 SIZE = (32, 64)
@@ -59,6 +60,49 @@ def test_masks_of_a_folder_become_a_coco_json(inputs, tmp_path, capsys):
     assert shard.stat().st_mtime_ns == before
     with pytest.raises(SystemExit, match=r"has threshold 0\.0, not 0\.9; delete the folder"):
         main([*inputs, "--min-score", "0.9"])
+
+
+def test_arrays_get_the_masks_that_the_command_writes(inputs, tmp_path):
+    weights, folder, _ = inputs
+    main([*inputs, "--min-score", "0.01", "--batch-size", "2"])
+    written = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    images = [np.asarray(Image.open(f"{folder}/{image['file_name']}")) for image in written["images"]]
+    predictor = load_predictor(weights, min_score=0.01, batch_size=2)
+    for number, found in enumerate(predictor(images), 1):
+        wanted = [annotation for annotation in written["annotations"] if annotation["image_id"] == number]
+        assert len(found) == len(wanted) > 0
+        assert found.category_ids.tolist() == [annotation["category_id"] for annotation in wanted]
+        assert found.labels == tuple({24: "person", 33: "bicycle"}[number] for number in found.category_ids)
+        np.testing.assert_allclose(found.scores, [annotation["score"] for annotation in wanted], rtol=1e-6)
+        for mask, annotation in zip(found.masks, wanted, strict=True):
+            np.testing.assert_array_equal(mask, decode_mask(annotation["segmentation"]))
+    with pytest.raises(UserError, match=r"min_score is 2; it must lie in \[0, 1\]"):
+        load_predictor(weights, min_score=2)
+    with pytest.raises(UserError, match=f"is a folder; name the file, such as {weights}"):
+        load_predictor(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["a.png", "odd [1]*.PNG"])
+def test_one_image_is_enough(inputs, tmp_path, name, capsys):
+    weights, folder, output = inputs
+    shutil.copy(f"{folder}/a.png", tmp_path / name)
+    main([weights, str(tmp_path / name), output, "--min-score", "0"])
+    assert "masks in 1 images" in capsys.readouterr().out
+    assert [
+        image["file_name"] for image in json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]
+    ] == [name]
+    (tmp_path / "no image.jpg").write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"no image\.jpg: cannot be read as an image"):
+        main([weights, str(tmp_path / "no image.jpg"), output])
+
+
+@pytest.mark.parametrize("output", ["file", "file/out"])
+def test_where_nothing_can_be_written_is_said_before_images_are_read(inputs, tmp_path, output):
+    weights, folder, _ = inputs
+    (tmp_path / "file").write_text("")
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")  # of which nothing is said yet
+    with pytest.raises(SystemExit, match=rf"{output} cannot be written to \(.+\); name another folder"):
+        main([weights, folder, str(tmp_path / output)])
 
 
 def test_what_is_drawn_does_not_lie_among_the_images(inputs, capsys):

@@ -109,7 +109,10 @@ def test_pretraining_needs_images(tmp_path):
             lambda steps: steps["adapt"]["train"].update(sharding_rules=(("segmenter/.*", "auto"),)),
             r"config\.steps\.adapt: .*sharding.rules: no rule matches projection",
         ),
-        (lambda steps: steps["refine"]["optimizer"].update(schedule="linear"), r"steps\.refine: .*'linear'; known: "),
+        (
+            lambda steps: steps["refine"]["optimizer"].update(schedule="linear"),
+            r"steps\.refine\.optimizer\.schedule 'linear' is unknown; known: ",
+        ),
         (lambda steps: steps["refine"]["optimizer"].update(warmup_steps=4), r"steps\.refine: .*warmup_steps is 4"),
         (
             lambda steps: steps["refine"].update(start="finetune"),
@@ -146,6 +149,29 @@ def test_weights_to_start_from_are_held_against_the_model(tmp_path):
         (tmp_path / step).mkdir()
         (tmp_path / step / "done.json").write_text('{"step": 3}')
     check_parameters_of(run, tmp_path)
+
+
+@pytest.mark.parametrize("inside", ["", "refine", "refine/exported"])
+def test_of_the_folder_of_a_run_the_file_to_start_from_is_named(inside, tmp_path):
+    file, one = tmp_path / "refine" / "exported" / "last.safetensors", SimpleNamespace(size=1)
+    file.parent.mkdir(parents=True)
+    save(run_config(), "student", file)
+    given = str(tmp_path / inside)
+    starting = lambda path: run_config(lambda values: values.update(init={"teacher": "", "student": path}))
+    with pytest.raises(UserError, match=rf"config\.init\.student: no weights at .*; name the file, such as {file}"):
+        check_settings(starting(given), one)
+    check_settings(starting(str(file)), one)
+
+
+def test_an_export_of_other_classes_is_not_evaluated(tmp_path):
+    path = tmp_path / "model.safetensors"
+    evaluated = lambda values: values.update(step="zero_shot", init={"teacher": str(path), "student": ""})
+    run = run_config(evaluated)
+    save(run, "teacher", path)
+    check_parameters_of(run, tmp_path)
+    save(run, "teacher", path, (Category(1, "cell"), Category(7, "dirt")))
+    with pytest.raises(UserError, match=r"other classes \(1 cell, 7 dirt\) than the labelled images .*as it is"):
+        check_parameters_of(run, tmp_path)
 
 
 def test_only_the_steps_to_run_must_divide_over_the_devices(tmp_path):

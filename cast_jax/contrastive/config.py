@@ -28,7 +28,8 @@ class ContrastiveConfig:
         bank_size, bank_new: pixels in the bank, and how many (chosen) each update writes over the oldest ones.
         loss: ``infonce`` (NT-Xent) or ``hinge``.
         margin: of the hinge loss, between cosine similarities.
-        symmetric: also uses strong anchors with weak keys; both directions are averaged.
+        symmetric: also uses strong anchors with weak keys; both directions are averaged. A ``bank`` holds keys of the
+            strong view only, for either direction.
         sampler: ``mixture_proposals`` (fast), ``inverse_cdf`` or ``categorical`` (the references); all exact.
         slots: length of the pool of proposals that a group of anchors shares, a multiple of 32; None plans it.
         group_size: anchors of an image that are contrasted with a pool at a time.
@@ -63,8 +64,9 @@ class ContrastiveConfig:
         check_ranges(self, bank_size="[1, 16777216]", bank_new="[1, 16777216]")
         if self.bank_new > self.bank_size:
             raise UserError(f"bank_new is {self.bank_new}; it must be at most bank_size {self.bank_size}")
-        if self.slots is not None and self.slots % 32:
-            raise UserError(f"slots is {self.slots}; it must be a multiple of 32, or None")
+        if self.slots is not None and (self.slots % 32 or self.slots < self.num_negatives):
+            least = f"a multiple of 32, at least num_negatives ({self.num_negatives})"
+            raise UserError(f"slots is {self.slots}; it must be {least}, or None, which plans it")
 
     @property
     def sampling_score(self) -> str:

@@ -34,15 +34,28 @@ def correspond(
     """
     weak_grid = jax.tree.leaves(features_weak)[0].shape[1:3]
     grid = weak_grid if strong_grid is None else strong_grid
-    in_strong = scale_positions(pixel_centres(*grid), grid, image_size)
-    canvas = jnp.array([0, 0, *image_size], jnp.float32)
-    boxes_weak = jnp.broadcast_to(canvas, valid_box_strong.shape) if valid_box_weak is None else valid_box_weak
+    boxes_weak = valid_box_weak
+    if boxes_weak is None:
+        boxes_weak = jnp.broadcast_to(jnp.array([0, 0, *image_size], jnp.float32), valid_box_strong.shape)
 
     def read(features, affine, box_strong, box_weak):
-        in_weak = apply_affine(affine, in_strong)
-        valid = inside_box(box_strong, in_strong) & inside_box(box_weak, in_weak) & inside_box(canvas, in_weak)
+        in_weak, valid = counterparts(affine, box_strong, box_weak, image_size, grid)
         # Border values stand in where there is no counterpart; a non-finite position must not reach the gather.
         position = scale_positions(jnp.where(valid[:, None], in_weak, 0.0), image_size, weak_grid)
         return jax.tree.map(lambda one: bilinear_sample(one, position), features), valid
 
     return over_images(read, features_weak, strong_to_weak, valid_box_strong, boxes_weak)
+
+
+def counterparts(
+    strong_to_weak: Float[Array, "2 3"],
+    box_strong: Float[Array, "4"],
+    box_weak: Float[Array, "4"],
+    image_size: tuple[int, int],
+    grid: tuple[int, int],
+) -> tuple[Float[Array, "pixels 2"], Bool[Array, "pixels"]]:
+    """Where the centres of a strong view's ``grid`` lie in the weak view, in its pixels, and which are real in both."""
+    in_strong = scale_positions(pixel_centres(*grid), grid, image_size)
+    in_weak = apply_affine(strong_to_weak, in_strong)
+    canvas = jnp.array([0, 0, *image_size], jnp.float32)
+    return in_weak, inside_box(box_strong, in_strong) & inside_box(box_weak, in_weak) & inside_box(canvas, in_weak)

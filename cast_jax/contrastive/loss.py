@@ -82,8 +82,8 @@ def contrastive_loss(
             whole batch, and the same as on one device up to the order of sums. Keys and bank are the same everywhere.
 
     Raises:
-        ValueError: ``scope`` is "bank" and there is no ``bank``, or the other way round. Outside of ``jax.jit`` also
-            an array that is not finite, by name.
+        ValueError: an array is of another shape than it must be, or ``scope`` is "bank" and there is no ``bank``, or
+            the other way round. Outside of ``jax.jit`` also an array that is not finite, by name.
 
     Returns:
         The sum of the loss over the anchors, the number of anchors, and metrics as pairs (sum, count). With nothing to
@@ -99,6 +99,7 @@ def contrastive_loss(
           not serve (they were served by an exact slower way). Only with ``mixture_proposals``.
         - ``contrastive/nonfinite``: pixels left out because their pseudo probability is not finite.
     """
+    _check_shapes(z_weak, z_strong=z_strong, g=g, valid=valid, instance_ids=instance_ids)
     if (config.scope == "bank") != (bank is not None):
         raise ValueError(f"scope {config.scope!r} {'has no' if bank is not None else 'needs a'} bank")
     _check_finite(z_weak=z_weak, z_strong=z_strong, g=g)
@@ -146,6 +147,21 @@ def contrastive_loss(
     finite_pixels = (nonfinite, jnp.asarray(peers.count * finite.size, jnp.float32))
     metrics = _metrics(config, sums, instance_ids is not None) | {"contrastive/nonfinite": finite_pixels}
     return sums.loss, jax.lax.stop_gradient(sums.anchors), metrics
+
+
+def _check_shapes(z_weak: Array, **others: Array | None) -> None:
+    if z_weak.ndim != 3:
+        raise ValueError(f"z_weak has shape {z_weak.shape}, not [batch, pixels, embedding]; an image's pixels in a row")
+    for name, array in others.items():
+        if array is None:
+            continue
+        wanted = z_weak.shape if name == "z_strong" else z_weak.shape[:2]
+        given = array.shape[:2] if name == "g" and array.ndim == 3 else array.shape
+        if given != wanted:
+            raise ValueError(f"{name} has shape {array.shape}, which does not fit z_weak's {z_weak.shape}")
+        kind = {"valid": jnp.bool_, "instance_ids": jnp.integer}.get(name)
+        if kind is not None and not jnp.issubdtype(array.dtype, kind):
+            raise ValueError(f"{name} is of {array.dtype}; it must be {kind.__name__}")
 
 
 def _check_finite(**arrays: Array) -> None:

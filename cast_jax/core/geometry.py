@@ -38,7 +38,7 @@ def bilinear_sample(
     height, width, channels = features.shape
     y, x = positions[:, 0], positions[:, 1]
     first, steps, fy, fx = _corners(height, width, y, x)
-    return _sample(steps, jnp.reshape(features, (-1, channels)), first, fy[:, None], fx[:, None])
+    return _sample(steps, jnp.reshape(features, (height * width, channels)), first, fy[:, None], fx[:, None])
 
 
 def sample_each(

@@ -24,6 +24,7 @@ from cast_jax.core.rules import layer_names, match_any, match_rules, named_leave
 Named = dict[str, Array]
 Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
 
+SCHEDULES = ("constant", "multi_step", "polynomial", "cosine")
 SCALINGS = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}  # the power of batch / reference_batch
 
 # Customary since BERT: matrices and convolutions decay; biases, norms, layer scales and learned tables (positions,
@@ -73,7 +74,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_ranges(self, learning_rate="(0, inf)", warmup_steps="[0, inf)", milestones="[0, 1]", power="(0, inf)")
         check_ranges(self, decay_factor="[0, inf)", weight_decay="[0, inf)", clip_norm="(0, inf)")
-        check_choices(self, learning_rate_scaling=SCALINGS)
+        check_choices(self, learning_rate_scaling=SCALINGS, schedule=SCHEDULES)
         check_ranges(self, reference_batch="[1, inf)")
         if self.learning_rate_scaling != "none" and self.reference_batch is None:
             raise UserError(
@@ -105,8 +106,6 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
         "polynomial": lambda: optax.polynomial_schedule(peak, 0.0, config.power, length),
         "cosine": lambda: optax.cosine_decay_schedule(peak, length),
     }
-    if config.schedule not in schedules:
-        raise UserError(f"optimizer.schedule is {config.schedule!r}; known: {', '.join(sorted(schedules))}")
     after = schedules[config.schedule]()
 
     def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
@@ -176,7 +175,7 @@ def make_optimizer(config: OptimizerConfig, params: Any, steps: int) -> Optimize
     """Resolves the rules against ``params`` (arrays or shapes).
 
     Raises:
-      UserError: rules that do not fit the parameters, an unknown schedule, a warmup as long as the run.
+      UserError: rules that do not fit the parameters, a warmup as long as the run.
     """
     leaves = named_leaves(params)
     layers = {name: layer_names(name, leaf.shape) for name, leaf in leaves.items()}

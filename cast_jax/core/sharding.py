@@ -41,7 +41,10 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     free = [axis for axis in AXES if sizes[axis] == -1]
     fixed = int(np.prod([sizes[axis] for axis in AXES if sizes[axis] != -1]))
     if len(free) > 1 or fixed < 1 or len(devices) % fixed or (not free and fixed != len(devices)):
-        raise UserError(f"mesh {sizes} does not fit {len(devices)} devices; at most one axis is -1, the others divide")
+        raise UserError(
+            f"mesh {sizes} does not fit {len(devices)} devices; at most one axis is -1, the others divide. On fewer "
+            "devices: hide the others (CUDA_VISIBLE_DEVICES=0,1)"
+        )
     shape_ = [len(devices) // fixed if sizes[axis] == -1 else sizes[axis] for axis in AXES]
     return Mesh(np.asarray(devices).reshape(shape_), AXES)
 
@@ -267,7 +270,7 @@ def check_batch_size(size: int, devices: int, accumulate: int = 1) -> None:
         each = "" if accumulate == 1 else f" and there into {accumulate} micro-batches (train.accumulate)"
         raise UserError(
             f"a batch of {size} cannot be split over {devices} devices{each}; the nearest batch sizes that can: "
-            f"{workable}"
+            f"{workable}. Or hide some of the devices (CUDA_VISIBLE_DEVICES=0,1)"
         )
 
 

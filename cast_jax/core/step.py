@@ -67,7 +67,8 @@ class TrainStep:
       ema_decay, ema_warmup: see :func:`cast_jax.core.optim.ema_update`; without a decay no average is kept.
       accumulate: micro-batches that a batch is split into, see :func:`cast_jax.core.sharding.micro_batches`. Loss,
         gradients and metrics are their means; only one's activations are in memory.
-      seed: of the initial parameters and of every update's key, ``fold_in(key, state.step)``.
+      seed: of every update's key, ``fold_in(key, state.step)``, and of the parameters of :meth:`initial_state` where
+        none are given.
 
     Attributes:
       like: the state's shapes, dtypes and shardings.

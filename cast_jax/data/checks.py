@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -10,13 +11,15 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from cast_jax.core.errors import DataError
 from cast_jax.core.files import atomic_write
-from cast_jax.data.sources.base import Source, leaves_folder, name_some, noted, orientation, pixel_digest
+from cast_jax.data.facts import ImageFacts, facts_warnings, image_facts
+from cast_jax.data.sources.base import Source, leaves_folder, name_some, no_instances, noted
 from cast_jax.data.sources.coco import cover_no_pixel, require_same_categories
 from cast_jax.data.sources.folder import other_formats
 from cast_jax.data.sources.subset import Subset
@@ -35,10 +38,9 @@ class SourceReport:
       instances, empty, over_cap, cut: among the usable: instances, images without any, images with more than
         ``max_instances``, and the instances that exceed it.
       unreadable: what is wrong with each image that cannot be used.
-      digests: of the usable images' pixels, see :func:`cast_jax.data.sources.base.pixel_digest`.
+      facts: what was found in the usable images and their files.
       pixels, content: a name of all of them in their order, and one of their ids and annotations, too.
-      links_out, turned: file names of images that are links (or whose annotations are) to outside their folder, and of
-        those with an EXIF orientation.
+      links_out: file names of images that are links (or whose annotations are) to outside their folder.
       without_pixels: ids of annotations that cover no pixel, with their images.
     """
 
@@ -50,37 +52,55 @@ class SourceReport:
     over_cap: int
     cut: int
     unreadable: tuple[str, ...]
-    digests: tuple[str, ...]
+    facts: tuple[ImageFacts, ...]
     pixels: str
     content: str
     links_out: tuple[str, ...]
-    turned: tuple[str, ...]
     without_pixels: tuple[str, ...]
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Of the usable images' pixels, see :func:`cast_jax.data.sources.base.pixel_digest`."""
+        return tuple(fact.digest for fact in self.facts)
+
+
+class _Look(NamedTuple):
+    """What was found of one image: the number of its instances and a name of what is said of them, too."""
+
+    facts: ImageFacts
+    link_out: bool
+    instances: int = 0
+    truth: str = ""
+    without_pixels: tuple[str, ...] = ()
 
 
 class SeenImages:
-    """Image files that were found sound, with their pixels' digests, so that a restart need not decode them again.
+    """Image files that were found sound, with what was found, so that a restart need not decode them again.
 
     A file counts as the same as long as its path, size and time of change are.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         """Reads ``path``, which :meth:`save` has written, if it is there."""
-        self.path, self._digests = Path(path), dict[str, str]()
+        self.path, self._facts = Path(path), dict[str, ImageFacts]()
         if self.path.exists():
-            lines = (line.split() for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines())
-            self._digests = {line[0]: line[1] for line in lines if len(line) == 2}
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError):  # a damaged or older line: the image is decoded again
+                    mark, digest, *numbers = line.split()
+                    brightest, orientation, frames, bits = map(int, numbers)
+                    self._facts[mark] = ImageFacts(digest, brightest, orientation, frames, bits)
 
-    def __getitem__(self, image: Path) -> str | None:
-        """The digest of a file's pixels, None if it has to be decoded."""
-        return self._digests.get(self._mark(image))
+    def __getitem__(self, image: Path) -> ImageFacts | None:
+        """What was found in a file, None if it has to be decoded."""
+        return self._facts.get(self._mark(image))
 
-    def __setitem__(self, image: Path, digest: str) -> None:
-        self._digests[self._mark(image)] = digest
+    def __setitem__(self, image: Path, facts: ImageFacts) -> None:
+        self._facts[self._mark(image)] = facts
 
     def save(self) -> None:
         """Writes what is known, whole or not at all."""
-        atomic_write(self.path, "".join(f"{mark} {digest}\n" for mark, digest in sorted(self._digests.items())))
+        lines = (" ".join(map(str, (mark, *dataclasses.astuple(facts)))) for mark, facts in sorted(self._facts.items()))
+        atomic_write(self.path, "".join(f"{line}\n" for line in lines))
 
     @staticmethod
     def _mark(image: Path) -> str:
@@ -110,8 +130,8 @@ def check_sources(
     """Checks the data of a run before it starts; see :func:`check_source`. Warns of pictures that two sources share.
 
     Raises:
-      DataError: a source without images, an unreadable image (unless skipped), or other categories in ``val`` than in
-        ``labelled``.
+      DataError: a source without images, an unreadable image (unless skipped), no instance in ``labelled`` or ``val``,
+        or other categories in ``val`` than in ``labelled``.
     """
     if labelled is not None and val is not None:
         require_same_categories(labelled.categories, val.categories, "val")
@@ -147,7 +167,8 @@ def check_source(
       seen: images that it knows are not decoded again; those that are sound are told to it.
 
     Raises:
-      DataError: no images, or none that is readable; or unreadable ones and ``on_unreadable`` is "error" (lists ten).
+      DataError: no images, or none that is readable; unreadable ones and ``on_unreadable`` is "error" (lists ten); or
+        categories, but no instance.
     """
     if on_unreadable not in ("error", "skip"):
         raise DataError(f"on_unreadable {on_unreadable!r} is unknown; known values: error, skip")
@@ -155,21 +176,22 @@ def check_source(
     if not total:
         raise DataError(f"the {name} source has no images")
 
-    def look(index: int) -> tuple[int, str, str, list[str]] | str:
-        """Number of instances, digests of pixels and annotation, what has no pixel; or what is wrong."""
+    def look(index: int) -> _Look | str:
+        """What is found of an image, or what is wrong."""
         record = source.record(index)
         path = record.path
         try:
-            digest = seen[path] if seen is not None and path.is_file() else None
-            if digest is None:
-                digest = pixel_digest(source.image(index))
+            facts = seen[path] if seen is not None and path.is_file() else None
+            if facts is None:
+                facts = image_facts(record, source.image(index))
                 if seen is not None:
-                    seen[path] = digest
+                    seen[path] = facts
             if not source.categories:
-                return 0, digest, "", []
+                return _Look(facts, leaves_folder(record))
             truth = source.instances(index)
             content = _name_of(truth.labels, np.packbits(truth.masks), np.packbits(truth.ignore))
-            return len(truth), digest, content, [f"{name} of {record.file_name}" for name in truth.without_pixels]
+            without_pixels = tuple(f"{name} of {record.file_name}" for name in truth.without_pixels)
+            return _Look(facts, leaves_folder(record), len(truth), content, without_pixels)
         except DataError as error:
             return str(error)
 
@@ -186,8 +208,8 @@ def check_source(
     if not len(usable):
         raise DataError(f"the {name} source has no readable image among {total}; the first: {faults[0]}")
     sound = [result for result in found if not isinstance(result, str)]
-    counts = np.asarray([result[0] for result in sound], np.int64)
-    digests, truths = tuple(result[1] for result in sound), tuple(result[2] for result in sound)
+    counts = np.asarray([result.instances for result in sound], np.int64)
+    digests = [result.facts.digest for result in sound]
     records = [source.record(index) for index in usable]
     excess = np.zeros_like(counts) if max_instances is None else np.maximum(counts - max_instances, 0)
     report = SourceReport(
@@ -199,17 +221,18 @@ def check_source(
         over_cap=int((excess > 0).sum()),
         cut=int(excess.sum()),
         unreadable=faults,
-        digests=digests,
+        facts=tuple(result.facts for result in sound),
         pixels=_name_of(*digests),
-        content=_name_of(*(str(record.image_id) for record in records), *digests, *truths),
-        links_out=tuple(record.file_name for record in records if leaves_folder(record)),
-        turned=tuple(r.file_name for r in records if r.path.is_file() and orientation(r.path) != 1),
-        without_pixels=tuple(name for result in sound for name in result[3]),
+        content=_name_of(*(str(record.image_id) for record in records), *digests, *(result.truth for result in sound)),
+        links_out=tuple(record.file_name for record, result in zip(records, sound, strict=True) if result.link_out),
+        without_pixels=tuple(name for result in sound for name in result.without_pixels),
     )
     annotated = f", {report.instances} instances, {report.empty} images without any" if source.categories else ""
     _LOG.info(f"{name}: {total} images{annotated}")
     for text in _warnings(name, report, max_instances):
         _LOG.warning(text)
+    if source.categories and not report.instances:
+        raise DataError(f"{name}: {no_instances(source)}")
     return report
 
 
@@ -252,14 +275,11 @@ def _warnings(name: str, report: SourceReport, max_instances: int | None) -> lis
             f"{name}: {report.over_cap} images have more than {max_instances} instances, which cuts {report.cut}; "
             "raise data.max_instances to keep them"
         )
-    if report.source.categories and report.instances == 0:
-        warnings.append(f"{name}: no instances in {len(report.usable)} images")
     times = Counter(report.digests)
     if repeated := [report.source.record(i).file_name for i, digest in enumerate(report.digests) if times[digest] > 1]:
         warnings.append(f"{name}: {len(repeated)} images show the same pixels as another: {name_some(repeated, 4)}")
-    if report.turned:
-        some = name_some(report.turned, 3)
-        warnings.append(f"{name}: {len(report.turned)} images have an EXIF orientation, which is not applied: {some}")
+    files = [report.source.record(i).file_name for i in range(len(report.facts))]
+    warnings += [f"{name}: {text}" for text in facts_warnings(files, report.facts)]
     if report.links_out:
         out = name_some(report.links_out, 3)
         warnings.append(f"{name}: {len(report.links_out)} images are links that leave their folder: {out}")

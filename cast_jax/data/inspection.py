@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from cast_jax.core.annotations import Instances
 from cast_jax.core.errors import DataError
-from cast_jax.data.sources.base import Source, leaves_folder, name_some, noted, orientation, pixel_digest
+from cast_jax.data.facts import ImageFacts, facts_warnings, image_facts
+from cast_jax.data.sources.base import Source, leaves_folder, name_some, no_instances, noted
 from cast_jax.data.sources.coco import cover_no_pixel
 from cast_jax.data.sources.folder import other_formats
 
@@ -26,9 +27,8 @@ class _Look:
 
     fault: str = ""
     size: tuple[int, int] = (0, 0)
-    digest: str = ""
+    facts: ImageFacts | None = None
     labels: tuple[int, ...] = ()
-    turned: bool = False
     link_out: bool = False
     without_pixels: tuple[int | str, ...] = ()
 
@@ -50,6 +50,9 @@ def inspect(sources: Mapping[str, Source], max_instances: int) -> dict[str, Any]
     for name, source in sources.items():
         errors += [f"{name}: {look.fault}" for look in looks[name] if look.fault]
         errors += [f"{name}: {fault}" for fault in noted(source, "faults")]
+        sound = [look for look in looks[name] if not look.fault]
+        if source.categories and sound and not any(look.labels for look in sound):
+            errors.append(f"{name}: {no_instances(source)}")
         warnings += [f"{name}: {text}" for text in _warnings(source, looks[name], max_instances, name == "val")]
     shared = list(_same_pixels(sources, looks))
     for first, second in combinations(sources, 2):
@@ -59,8 +62,8 @@ def inspect(sources: Mapping[str, Source], max_instances: int) -> dict[str, Any]
             (errors if "val" in (first, second) else warnings).append(text)
     for name in sources:
         if repeated := [group[name] for group in shared if len(group.get(name, ())) > 1]:
-            some = name_some([" = ".join(files) for files in repeated], 3)
-            warnings.append(f"{name}: {len(repeated)} images are there more than once: {some}")
+            some, copies = name_some(map(_equal, repeated), 2), sum(map(len, repeated))
+            warnings.append(f"{name}: {copies} images show the same pixels as another: {some}")
     sets = {name: _counts(source, looks[name], max_instances, name == "val") for name, source in sources.items()}
     return {"sets": sets, "shared_images": shared, "errors": errors, "warnings": warnings}
 
@@ -73,9 +76,8 @@ def _look_at_all(name: str, source: Source) -> list[_Look]:
             truth = source.instances(index) if source.categories else Instances.empty(*image.shape[:2])
             return _Look(
                 size=(image.shape[0], image.shape[1]),
-                digest=pixel_digest(image),
+                facts=image_facts(record, image),
                 labels=tuple(truth.labels.tolist()),
-                turned=orientation(record.path) != 1,
                 link_out=leaves_folder(record),
                 without_pixels=truth.without_pixels,
             )
@@ -92,8 +94,8 @@ def _warnings(source: Source, looks: list[_Look], max_instances: int, any_number
     over = [len(look.labels) - max_instances for look in looks if len(look.labels) > max_instances]
     if over and not any_number:
         yield f"{len(over)} images have more than {max_instances} instances, which cuts {sum(over)}"
-    if turned := [file for file, look in zip(files, looks, strict=True) if look.turned]:
-        yield f"{len(turned)} images have an EXIF orientation, which is not applied: {name_some(turned, 3)}"
+    sound = [(file, look.facts) for file, look in zip(files, looks, strict=True) if look.facts]
+    yield from facts_warnings([file for file, _ in sound], [facts for _, facts in sound])
     if out := [file for file, look in zip(files, looks, strict=True) if look.link_out]:
         yield f"{len(out)} images are links that leave their folder: {name_some(out, 3)}"
     if boxes := noted(source, "boxes_outside"):
@@ -115,9 +117,14 @@ def _same_pixels(sources: Mapping[str, Source], looks: Mapping[str, list[_Look]]
     places: defaultdict[str, dict[str, list[str]]] = defaultdict(dict)
     for name, source in sources.items():
         for index, look in enumerate(looks[name]):
-            if not look.fault:
-                places[look.digest].setdefault(name, []).append(source.record(index).file_name)
+            if look.facts:
+                places[look.facts.digest].setdefault(name, []).append(source.record(index).file_name)
     yield from (group for group in places.values() if sum(map(len, group.values())) > 1)
+
+
+def _equal(files: list[str]) -> str:
+    """File names of one picture, of many the first three."""
+    return " = ".join(files) if len(files) < 4 else f"{' = '.join(files[:3])} = ... ({len(files)} files)"
 
 
 def _counts(source: Source, looks: list[_Look], max_instances: int, any_number: bool) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -13,11 +12,11 @@ class StatefulIterator(Protocol):
     """An iterator whose place can be saved: a :class:`cast_jax.data.pipeline.Loader`, or grain's own."""
 
     def __next__(self) -> Any:
-        """The next batch."""
+        """The next batch, host or device arrays, always of the same shapes."""
         ...
 
     def get_state(self) -> Any:
-        """The place after the last batch handed out."""
+        """The place after the last batch handed out: bytes or a JSON value, the same in all processes."""
         ...
 
     def set_state(self, state: Any) -> None:
@@ -31,15 +30,11 @@ class Prefetcher(Iterator[Any]):
     Every queued batch carries the iterator's state after it, so :meth:`get_state` belongs to the last batch that was
     handed out, not to the last one that was fetched. An exception of the iterator or of ``place`` is raised by
     ``next`` when its turn comes, and by every ``next`` after that.
-
-    Attributes:
-      wait_seconds: the time that ``next`` has spent waiting for data, in total; reset it freely.
     """
 
     def __init__(self, iterator: StatefulIterator, place: Callable[[Any], Any] = lambda batch: batch, depth: int = 2):
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
-        self.wait_seconds = 0.0
         self._iterator = iterator
         self._place = place
         self._depth = depth
@@ -52,9 +47,7 @@ class Prefetcher(Iterator[Any]):
             raise self._failure
         if self._thread is None:
             self._start()
-        before = time.perf_counter()
         batch, state, failure = self._ready.get()
-        self.wait_seconds += time.perf_counter() - before
         self._room.release()
         if failure is not None:
             self._failure = failure

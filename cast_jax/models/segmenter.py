@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from cast_jax.core.decoded import Decoded
@@ -34,18 +32,6 @@ class Prediction:
     pixel_features: Float[Array, "batch h w channels"]
     layers: Decoded | None = None
     mask_quality: Float[Array, "batch queries"] | None = None
-
-
-class Segmenter(Protocol):
-    """A model that recipes can train, adapt or distil: images in [0, 1] to a :class:`Prediction`.
-
-    One that makes masks from boxes also takes those of the (pseudo-)labels in training: ``boxes``
-    ``[batch, instances, 4]``, (left, top, right, bottom) in [0, 1].
-    """
-
-    def __call__(self, images: Float[Array, "batch height width 3"], *, rngs: nnx.Rngs | None = None) -> Prediction:
-        """``rngs`` feeds dropout; without it the model is deterministic."""
-        ...
 
 
 @jax.tree_util.register_dataclass

@@ -6,6 +6,7 @@ With both weights zero and no unlabelled batch it is plain supervised training (
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from cast_jax.contrastive.bank import Bank, Entries, choose_entries, empty_bank, push
 from cast_jax.contrastive.config import ContrastiveConfig
-from cast_jax.contrastive.correspondence import correspond
+from cast_jax.contrastive.correspondence import correspond, counterparts
 from cast_jax.contrastive.fused_map import pseudo_probability
 from cast_jax.contrastive.loss import contrastive_loss
 from cast_jax.contrastive.peers import Peers
@@ -147,15 +148,34 @@ class SemiSupervised:
         return dataclasses.replace(state, bank=push(state.bank, chosen))
 
     def normalisers(self, batch: Batch) -> Params:
-        """The numbers of instances that L_sup and L_pl are averaged over, by group and view.
+        """The numbers of instances that L_sup and L_pl are averaged over, by group and view, and L_pxl's ``anchors``.
 
         Those of labels that are still to be made are not known: each micro-batch is averaged over its own.
         """
         groups = [group for group in batch if group == "labelled" or self.online_labels is None]
-        return {
+        found: Params = {
             group: {view: jnp.sum(batch[group][view]["instance_valid"]) for view in VIEW_NAMES if view in batch[group]}
             for group in groups
         }
+        return found | ({"anchors": self._anchors(batch)} if self.config.contrastive_weight else {})
+
+    def _anchors(self, batch: Batch) -> Float[Array, ""]:
+        """The anchors of a batch, by its geometry; pixels whose pseudo probability is not finite count too."""
+        config = self.config.contrastive
+        strong = batch[min(batch)]["strong"]
+        prompts = {"boxes": view_boxes(strong)} if self.segmenter.takes("boxes") else {}
+        of_views = lambda params: self.segmenter.apply(params, view_images(strong), **prompts).pixel_features
+        rows, columns = jax.eval_shape(of_views, self.abstract()["segmenter"]).shape[1:3]
+        stride = self.config.contrastive_stride
+        real = functools.partial(
+            counterparts, image_size=strong["image"].shape[1:3], grid=(rows // stride, columns // stride)
+        )
+        total = jnp.zeros(())
+        for group in batch.values():
+            boxes = (group[view]["valid_box"] for view in ("strong", "weak"))
+            anchors = jnp.sum(jax.vmap(real)(group["strong_to_weak"], *boxes)[1], axis=-1)
+            total += jnp.sum(anchors if config.num_anchors is None else jnp.minimum(anchors, config.num_anchors))
+        return total * (2 if config.symmetric else 1)
 
     @property
     def _supervised_views(self) -> dict[str, tuple[str, ...]]:
@@ -204,7 +224,8 @@ class SemiSupervised:
         entries: list[Entries] = []
         if config.contrastive_weight:
             bank = frozen["bank"] if self._has_bank else None
-            term, terms, *entries = self._contrastive_loss(draws, params, found, batch, bank)
+            anchors = frozen.get("normalisers", {}).get("anchors")
+            term, terms, *entries = self._contrastive_loss(draws, params, found, batch, bank, anchors)
             loss = loss + config.contrastive_weight * term
             metrics |= terms
         return loss, metrics | {"loss/total": (loss, jnp.ones(()))}, *entries
@@ -253,10 +274,13 @@ class SemiSupervised:
         return losses
 
     @jax.named_scope("contrastive")
-    def _contrastive_loss(self, key, params, found: _Found, batch, bank: Bank | None) -> tuple[Any, ...]:
+    def _contrastive_loss(
+        self, key, params, found: _Found, batch, bank: Bank | None, anchors: Array | None
+    ) -> tuple[Any, ...]:
         """L_pxl over all images of the batch; the strong view's pixels are the positions, weak is read beside them.
 
-        Returns the loss, metrics and, with a bank, what goes into it: pixels of the strong view.
+        Returns the loss, the mean over so many ``anchors`` (None: over its own), metrics and, with a bank, what goes
+        into it: pixels of the strong view.
         """
         config, stride = self.config, self.config.contrastive_stride
         groups = sorted(batch)
@@ -287,7 +311,8 @@ class SemiSupervised:
             valid=valid,
             instance_ids=join(lambda group: instance_map(batch[group]["strong"], size)),
         )
-        result = total / jnp.maximum(count, 1.0), metrics | {"contrastive/loss": (total, count)}
+        result = total / jnp.maximum(count if anchors is None else anchors, 1.0), metrics
+        result[1]["contrastive/loss"] = (total, count)
         if bank is None:
             return result
         z_keys = z_strong.reshape(z_seen.shape)

@@ -16,6 +16,7 @@ from cast_jax.contrastive.contrast import Anchors, CandidatePixels, draw_negativ
 from cast_jax.contrastive.groups import Turns
 from cast_jax.contrastive.loss import choose_anchors, contrastive_loss, unique_regions
 from cast_jax.core import target
+from cast_jax.core.errors import UserError
 
 BATCH, PIXELS, EMBEDDING = 2, 24, 5
 K = 16
@@ -137,13 +138,15 @@ def test_the_groups_of_a_turn_share_its_pools(groups, together, pools, sharing, 
     plan = Turns.plan(groups, 64, together)
     numbers = np.arange(1, groups + 1)
     split = np.asarray(plan.split(numbers))
-    assert split.shape == (turns, pools, sharing) and pools * sharing <= together
+    assert split.shape == (turns, pools, sharing)
+    assert pools * sharing <= together
     which = np.where(split > 0, split % 64, -1)
     assert (np.where(which < 0, which.max(-1, keepdims=True), which) == which.max(-1, keepdims=True)).all()
     assert np.array_equal(np.sort(split[split > 0]), numbers)
     assert np.array_equal(plan.join(split), numbers)
     wide = np.asarray(plan.split(np.stack([numbers, numbers], 1)))
-    assert np.array_equal(wide[..., 0], split) and np.array_equal(plan.join(wide)[:, 1], numbers)
+    assert np.array_equal(wide[..., 0], split)
+    assert np.array_equal(plan.join(wide)[:, 1], numbers)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +176,30 @@ def test_equals_the_explicit_loss_of_its_own_draws(options):
     if config.score == "d" and config.sampler == "mixture_proposals":
         accepted, proposed = metrics["contrastive/acceptance_rate"]
         assert abs(accepted / proposed - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("slots", [224, 300])
+def test_slots_that_could_never_serve_an_anchor_are_refused(slots):
+    with pytest.raises(
+        UserError, match=rf"slots is {slots}; it must be a multiple of 32, at least num_negatives \(256\)"
+    ):
+        ContrastiveConfig(slots=slots)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (lambda given: {"z_strong": given["z_strong"][:, :7]}, r"z_strong has shape \(2, 7, 5\), which does not fit"),
+        (lambda given: {"g": given["g"][:1]}, "g has shape"),
+        (lambda given: {"valid": given["valid"].astype(np.float32)}, "valid is of float32; it must be bool"),
+        (lambda given: {"instance_ids": given["instance_ids"][:1]}, "instance_ids has shape"),
+        (lambda given: {"z_weak": given["z_weak"][0]}, r"z_weak has shape \(24, 5\), not \[batch, pixels, embedding\]"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_named(changes, message):
+    given = make_inputs()
+    with pytest.raises(ValueError, match=message):
+        contrastive_loss(jax.random.key(0), ContrastiveConfig(num_negatives=K), **given | changes(given))
 
 
 def test_gradients_match_finite_differences():

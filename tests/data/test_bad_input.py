@@ -9,15 +9,24 @@ import struct
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from cast_jax.core.annotations import Instances
 from cast_jax.core.errors import DataError
-from cast_jax.data.checks import check_source
+from cast_jax.data.checks import SeenImages, check_source, check_sources
 from cast_jax.data.inspection import inspect
-from cast_jax.data.sources.base import image_size, leaves_folder, orientation, read_image, read_label_map
+from cast_jax.data.sources.base import (
+    ImageHeader,
+    image_size,
+    leaves_folder,
+    orientation,
+    read_header,
+    read_image,
+    read_label_map,
+)
 from cast_jax.data.sources.coco import Coco
 from cast_jax.data.sources.folder import ImageFolder
 from cast_jax.data.views import ViewConfig, make_views
@@ -76,6 +85,55 @@ def test_unusual_images_go_all_the_way_to_a_view(name, tmp_path):
     views = make_views(image, Instances.empty(*image.shape[:2]), np.random.default_rng(0), CONFIG)
     assert views["weak"]["image"].shape == (16, 24, 3)
     assert orientation(tmp_path / name) == (6 if name == "turned.jpg" else 1)
+
+
+def test_what_becomes_black_or_is_left_unread_is_a_warning(tmp_path):
+    """16 bits that do not fill their range, grey and coloured; pages and frames behind the first; also when seen."""
+    few, rest = NOISE.astype(np.uint16) << 4, [Image.fromarray(NOISE[:, ::-1])]  # 12 bits
+    cv2.imwrite(str(tmp_path / "colour.png"), few)
+    cv2.imwrite(str(tmp_path / "full.png"), few[::-1] << 4)
+    cv2.imwrite(str(tmp_path / "grey.tif"), few[..., 0])
+    for number, name in enumerate(("pages.tif", "frames.webp", "frames.png")):
+        Image.fromarray(NOISE[number + 1 :]).resize((60, 40)).save(tmp_path / name, save_all=True, append_images=rest)
+    Image.fromarray(NOISE[:, :29]).save(tmp_path / "camera.jpg", "MPO", save_all=True, append_images=rest)
+    expected = (
+        "unlabelled: 2 images are black or nearly so, without a value of 32 of 255 or more: colour.png, grey.tif "
+        "(values of 16-bit images are taken as parts of 65535: scale them to the full range, or save 8 bits)",
+        "unlabelled: 3 files hold several pages or frames, of which only the first is read; save each as a file of its "
+        "own to use them: frames.png, frames.webp, pages.tif",
+    )
+    source, seen = ImageFolder(tmp_path), SeenImages(tmp_path / "seen")
+    assert tuple(inspect({"unlabelled": source}, 10)["warnings"]) == expected
+    assert check_sources(None, source, None, 10, seen=seen).warnings == expected
+    seen.save()
+    assert check_sources(None, source, None, 10, seen=SeenImages(tmp_path / "seen")).warnings == expected
+
+
+def test_a_dark_picture_of_8_bits_is_not_said_to_have_16(tmp_path):
+    for level in (31, 32):
+        Image.new("RGB", (8, 8), (0, level, 0)).save(tmp_path / f"{level}.png")
+    cv2.imwrite(str(tmp_path / "deep.png"), NOISE.astype(np.uint16) << 8)
+    (text,) = check_sources(None, ImageFolder(tmp_path), None, 10).warnings
+    assert text == "unlabelled: 1 images are black or nearly so, without a value of 32 of 255 or more: 31.png"
+
+
+def test_pages_behind_a_damaged_one_do_not_count(tmp_path):
+    """A TIFF that is cut behind its first page still has that page."""
+    Image.fromarray(NOISE).save(tmp_path / "one.tif")
+    Image.fromarray(NOISE).save(tmp_path / "a.tif", save_all=True, append_images=[Image.fromarray(NOISE)])
+    content = (tmp_path / "a.tif").read_bytes()
+    (tmp_path / "a.tif").write_bytes(content[: (tmp_path / "one.tif").stat().st_size + 20])
+    assert read_header(tmp_path / "a.tif") == ImageHeader(orientation=1, frames=1, bits=8)
+
+
+def test_many_copies_are_counted_as_images(tmp_path):
+    for number in range(24):
+        Image.fromarray(NOISE).save(tmp_path / f"{number:02}.png")
+    for name in ("x.png", "y.png"):
+        Image.fromarray(NOISE[::-1]).save(tmp_path / name)
+    (text,) = inspect({"unlabelled": ImageFolder(tmp_path)}, 10)["warnings"]
+    some = "00.png = 01.png = 02.png = ... (24 files), x.png = y.png"
+    assert text == f"unlabelled: 26 images show the same pixels as another: {some}"
 
 
 def test_cmyk_has_its_colours(tmp_path):
@@ -164,7 +222,7 @@ def test_links_that_leave_their_folder_are_named(tmp_path):
     assert report["errors"] == []
     assert report["warnings"] == [
         "unlabelled: 1 images are links that leave their folder: sub/link.png",
-        "unlabelled: 1 images are there more than once: own.png = sub/inner.png",
+        "unlabelled: 2 images show the same pixels as another: own.png = sub/inner.png",
     ]
     # A folder that is a link itself is where its images are.
     (tmp_path / "linked").symlink_to(folder)

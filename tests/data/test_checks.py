@@ -185,10 +185,16 @@ def test_val_with_other_categories_is_refused(tmp_path):
         check_sources(labelled, None, val, max_instances=5)
 
 
-def test_a_set_without_instances_is_a_warning(tmp_path):
-    assert check_sources(_coco(tmp_path, "labelled", [0, 0]), None, None, 5).warnings == (
-        "labelled: no instances in 2 images",
-    )
+@pytest.mark.parametrize("name", ["labelled", "val"])
+def test_a_set_without_instances_is_an_error(name, tmp_path):
+    """Before training and in an inspection; under a split, too."""
+    sources = {"labelled": _coco(tmp_path, "labelled", [1, 1]), "val": _coco(tmp_path, "val", [1])}
+    assert inspect(sources, 5)["errors"] == []
+    sources[name] = Subset(_coco(tmp_path, name, [0, 1, 0]), [0, 2])
+    with pytest.raises(DataError, match=rf"^{name}: .*{name}\.json: none of the 2 images has an instance"):
+        check_sources(sources["labelled"], None, sources["val"], 5)
+    (error,) = inspect(sources, 5)["errors"]
+    assert error.startswith(f"{name}: {tmp_path / name}.json: none of the 2 images has an instance")
 
 
 def test_an_unknown_choice_is_refused(tmp_path):

@@ -173,9 +173,27 @@ def test_a_missing_json_or_folder_is_named(tmp_path):
         Coco(tmp_path / "gone.json")
     path = _write(tmp_path, _content())
     moved = path.rename(tmp_path / "other.json")
-    with pytest.raises(DataError, match=r"other: no such folder with the images of .*other\.json"):
+    with pytest.raises(DataError, match=r"other: no such folder with the images of .*other\.json") as caught:
         Coco(moved)
+    for option in ("labelled_images or --config.data.val_images", "--labelled-images or --val-images of check_data.py"):
+        assert option in str(caught.value)
     assert len(Coco(moved, images=tmp_path / "train")) == 2
+
+
+@pytest.mark.parametrize(
+    ("image_id", "annotated", "problem"),
+    [
+        ("49", 49, "49, which is not in images as a number, but as the string '49': write ids as numbers in both"),
+        (49, "49", "'49', which is not in images as a string, but as the number 49: write ids as numbers in both"),
+        (49, "50", "'50', which is not in images$"),
+        ("a", 49, "49, which is not in images$"),
+    ],
+)
+def test_ids_that_are_strings_in_one_list_and_numbers_in_the_other_are_told(tmp_path, image_id, annotated, problem):
+    content = _content([_annotation(5, [_polygon(1, 2, 4, 5)], image_id=annotated)])
+    content["images"][0]["id"] = image_id
+    with pytest.raises(DataError, match=rf"(?m)train\.json: annotation 5 has image_id {problem}"):
+        Coco(_write(tmp_path, content))
 
 
 @pytest.mark.parametrize("key", ["images", "annotations", "categories"])

@@ -111,19 +111,6 @@ def test_a_closed_prefetcher_says_so():
     assert not prefetch_threads()
 
 
-def test_waiting_is_measured():
-    with Prefetcher(Counter(pause=0.05)) as batches:
-        next(batches)
-        assert batches.wait_seconds >= 0.04
-    counter = Counter()
-    with Prefetcher(counter) as batches:
-        next(batches)
-        wait_until(lambda: counter.next == 3)
-        batches.wait_seconds = 0.0
-        next(batches)
-        assert batches.wait_seconds < 0.04
-
-
 def test_depth_is_checked():
     with pytest.raises(ValueError, match="depth"):
         Prefetcher(Counter(), depth=0)

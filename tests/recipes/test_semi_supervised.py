@@ -14,6 +14,7 @@ from tiny import INSTANCES, SIZE, TINY, Linear, drawn, group
 
 from cast_jax.contrastive.bank import Bank, Entries
 from cast_jax.contrastive.config import ContrastiveConfig
+from cast_jax.contrastive.fused_map import MAPS
 from cast_jax.core.annotations import pack_masks
 from cast_jax.core.checkpoint import TrainState
 from cast_jax.core.errors import UserError
@@ -192,6 +193,15 @@ def test_faulty_objectives_are_named(options, message):
         ObjectiveConfig(**options)
 
 
+@pytest.mark.parametrize("kind", MAPS)
+def test_every_map_of_the_ablation_is_contrasted(kind):
+    """A uniform map has no channels."""
+    contrastive = dataclasses.replace(ALL.contrastive, map=kind, sampler="mixture_proposals")
+    loss, metrics = jax.jit(recipe(contrastive=contrastive).loss_fn)(parameters(), {}, batch(), KEY)
+    assert np.isfinite(loss)
+    assert mean(metrics, "contrastive/loss") > 0
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.3])
 def test_abstract_parameters_are_those_of_init(weight):
     found = recipe(contrastive_weight=weight)
@@ -220,9 +230,11 @@ def test_updates_fill_the_bank():
     assert recipe().init_bank() is None
 
 
-def after_one_update(kind: type[SemiSupervised], accumulate: int, images: dict):
+def after_one_update(kind: type[SemiSupervised], accumulate: int, images: dict, **changes):
     """The metrics, and Adam's moments: the gradients and their squares, times a constant."""
-    one = kind(Functional(Linear), parts()[1], dataclasses.replace(ALL, contrastive_weight=0.0), NAMES)
+    objective = dataclasses.replace(ALL, **{"contrastive_weight": 0.0} | changes)
+    projection = Functional(lambda rngs: ProjectionHead(3, 8, rngs=rngs))  # of the three colours
+    one = kind(Functional(Linear), projection, objective, NAMES)
     optimizer = OptimizerConfig(clip_norm=None)
     step = TrainStep(one, optimizer=optimizer, steps=3, mesh=make_mesh(), accumulate=accumulate)
     state = step.initial_state(drawn(one.abstract(), 2.0))
@@ -254,6 +266,22 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8), accumulated, moments)
     apart, _ = after_one_update(EachItself, 2, images)
     assert abs(mean(apart, "loss/total") / mean(whole, "loss/total") - 1) > 1e-3
+
+
+@pytest.mark.parametrize("options", [{"num_anchors": None}, {"num_anchors": 4}, {"symmetric": True}], ids=str)
+def test_accumulated_contrast_is_the_mean_over_the_anchors_of_the_whole_batch(options):
+    """Where micro-batches differ in how much of their images is real: every second one is half padding."""
+    images = {"labelled": group(4, 0), "unlabelled": group(4, 10)}
+    for kind in images.values():
+        kind["strong"]["valid_box"][1::2, 3] = SIZE[1] / 2
+    contrastive = dataclasses.replace(ALL.contrastive, scope="image", **options)
+    alone = {"supervised_weight": 0.0, "pseudo_label_weight": 0.0, "contrastive_weight": 1.0}
+    counts = []
+    for accumulate in (1, 2):
+        metrics, _ = after_one_update(SemiSupervised, accumulate, images, contrastive=contrastive, **alone)
+        assert mean(metrics, "loss/total") == pytest.approx(mean(metrics, "contrastive/loss"), rel=1e-6)
+        counts.append(float(metrics["contrastive/loss"][1]))
+    assert counts[0] == counts[1]
 
 
 def test_micro_batches_share_the_bank_s_new_entries():

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
+import struct
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -26,6 +28,7 @@ MAX_SIDE = 32_766
 """Pixels a side that an image may have: OpenCV cannot warp longer ones."""
 MAX_PIXELS = 89_478_485
 """Pixels that an image may have: from here on Pillow warns of a decompression bomb."""
+_SIXTEEN_BITS = re.compile(";16[BLN]")  # in the names of Pillow's raw modes, of a PNG or TIFF before it is decoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,13 +122,34 @@ def pixel_digest(image: UInt8[np.ndarray, "height width 3"]) -> str:
     return hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16, key=repr(image.shape).encode()).hexdigest()
 
 
-def orientation(path: str | os.PathLike[str]) -> int:
-    """The EXIF orientation in an image file's header, 1 (upright) if there is none. Raises as :func:`image_size`."""
+@dataclasses.dataclass(frozen=True)
+class ImageHeader:
+    """What an image file says of its pixels.
+
+    Attributes:
+      orientation: EXIF's, 1 (upright) if there is none.
+      frames: pages of a TIFF or frames of an animation; :func:`read_image` reads the first.
+      bits: 16 if :func:`read_image` cuts a channel's values to 8 bits, else 8.
+    """
+
+    orientation: int
+    frames: int
+    bits: int
+
+
+def read_header(path: str | os.PathLike[str]) -> ImageHeader:
+    """The header of an image file. Raises :class:`DataError` naming the file if it cannot be read."""
     try:
         with _open(path) as image:
-            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+            bits = 16 if image.mode.startswith("I") or _SIXTEEN_BITS.search(str(getattr(image, "tile", ""))) else 8
+            return ImageHeader(int(image.getexif().get(ExifTags.Base.Orientation, 1)), _frames(image), bits)
     except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from error
+
+
+def orientation(path: str | os.PathLike[str]) -> int:
+    """The EXIF orientation in an image file's header, 1 (upright) if there is none. Raises as :func:`read_header`."""
+    return read_header(path).orientation
 
 
 def leaves_folder(record: ImageRecord) -> bool:
@@ -142,6 +166,15 @@ def noted(source: Source, attribute: str) -> Sequence[Any]:
     while hasattr(source, "source"):
         source = source.source
     return getattr(source, attribute, ())
+
+
+def no_instances(source: Source) -> str:
+    """The fault of a labelled source without any instance, naming its JSON or folder."""
+    where = noted(source, "annotations") or noted(source, "root") or source.record(0).path.parent
+    return (
+        f"{where}: none of the {len(source)} images has an instance to learn or to be measured by; give images with "
+        "annotations that are not crowds and cover a pixel"
+    )
 
 
 def read_label_map(path: str | os.PathLike[str]) -> tuple[str, np.ndarray]:
@@ -196,6 +229,16 @@ def _check_sides(image: Image.Image) -> None:
         raise ValueError(f"a side of {max(image.size)} pixels; {MAX_SIDE} is the most, cut it into tiles")
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width * image.height} pixels; {MAX_PIXELS} are the most, cut it into tiles")
+
+
+def _frames(image: Image.Image) -> int:
+    # A camera's MPO is a JPEG with previews behind it: no one's second page.
+    if image.format not in ("GIF", "PNG", "TIFF", "WEBP"):
+        return 1
+    try:
+        return getattr(image, "n_frames", 1)
+    except (EOFError, OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
+        return 1  # what is damaged lies behind the first
 
 
 def _open(path: str | os.PathLike[str]) -> Image.Image:

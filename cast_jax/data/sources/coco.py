@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,8 @@ class Coco:
         if not self.root.is_dir():
             raise DataError(
                 f"{self.root}: no such folder with the images of {self.annotations}; name it: --config.data."
-                "labelled_images or --config.data.val_images of a run, --images of a script"
+                "labelled_images or --config.data.val_images of a run, --labelled-images or --val-images of "
+                "check_data.py, --images of make_splits.py"
             )
         self._read_images(content["images"])
         self._read_annotations(content["annotations"], on_fault)
@@ -137,7 +138,8 @@ class Coco:
         image_id = _field(entry, "image_id", where, "annotations", number, (int, str))
         category_id = _field(entry, "category_id", where, "annotations", number, int)
         if image_id not in image_of:
-            raise DataError(f"{where}: annotation {name} has image_id {image_id!r}, which is not in images")
+            hint = _other_type(image_id, image_of)
+            raise DataError(f"{where}: annotation {name} has image_id {image_id!r}, which is not in images{hint}")
         if category_id not in positions:
             raise DataError(f"{where}: annotation {name} has category_id {category_id}, which is not in categories")
         if (crowd := entry.get("iscrowd", 0)) not in (0, 1):
@@ -283,6 +285,15 @@ def _field(entry: dict[str, Any], key: str, path: str, group: str, number: int, 
         kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise DataError(f"{path}: {group}[{number}].{key} {problem}; it must be {kinds} (entry id {entry.get('id')!r})")
     return value
+
+
+def _other_type(image_id: int | str, known: Container[int | str]) -> str:
+    """A hint where an unknown id is known as a string instead of a number, or as a number instead of a string."""
+    if isinstance(image_id, int) and str(image_id) in known:
+        return f" as a number, but as the string {str(image_id)!r}: write ids as numbers in both, or as strings in both"
+    if isinstance(image_id, str) and image_id.isdecimal() and len(image_id) < 20 and int(image_id) in known:
+        return f" as a string, but as the number {int(image_id)}: write ids as numbers in both, or as strings in both"
+    return ""
 
 
 def _repeated(values: Sequence[Any]) -> list[Any]:
