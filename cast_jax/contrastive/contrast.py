@@ -219,8 +219,14 @@ def _contrast_groups(config, key, z_anchors, z_positives, anchors: Anchors, pool
 
     def step(carry, turn):
         sums, d_negatives = carry
-        which, more, d_pool, by_group = jax.vmap(contrast_pool)(*turn)
-        more = jax.tree.map(lambda each: jnp.sum(each, axis=0), more)
+        if turns.pools == 1:  # a map over one of them would be compiled to more kernels
+            axis = (lambda array: array[None], lambda array: array[0])
+            enter, leave = axis if turns.alone else axis[::-1]
+            which, more, d_pool, by_group = contrast_pool(*jax.tree.map(enter, turn))
+            by_group = jax.tree.map(leave, by_group)
+        else:
+            which, more, d_pool, by_group = jax.vmap(contrast_pool)(*turn)
+            more = jax.tree.map(lambda each: jnp.sum(each, axis=0), more)
         return (_add(sums, more), pools.add(which, d_pool, d_negatives)), by_group
 
     d_negatives = jnp.zeros_like(_wide(known.z if pools.exchanged is None else pools.exchanged.z))

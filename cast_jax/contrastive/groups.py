@@ -90,13 +90,21 @@ class Turns:
         return cls(groups, columns, _evenly(columns, max(together // sharing, 1)), sharing)
 
     @property
+    def alone(self) -> bool:
+        """Whether every group takes a turn of its own."""
+        return self.columns == self.groups and self.pools == 1
+
+    @property
     def _blocks(self) -> tuple[int, int, int, int]:
         """Blocks of rows, rows of one, blocks of columns, columns of one: of a table of groups by pools, padded."""
         rows = -(-self.groups // self.columns)
         return -(-rows // self.sharing), self.sharing, -(-self.columns // self.pools), self.pools
 
     def split(self, tree: Tree) -> Tree:
-        """[groups, ...] as [turns, pools, sharing, ...], padded with groups of invalid anchors (zeros)."""
+        """[groups, ...] as [turns, pools, sharing, ...], padded with groups of invalid anchors (zeros).
+
+        Where groups are ``alone`` they stay as they are: axes of length one would be copies on a CPU.
+        """
         rows, sharing, columns, pools = self._blocks
 
         def split(array: Array) -> Array:
@@ -105,7 +113,7 @@ class Turns:
             table = _pad(table, columns * pools, axis=1).reshape(rows, sharing, columns, pools, *rest)
             return jnp.moveaxis(table, 1, 3).reshape(rows * columns, pools, sharing, *rest)
 
-        return jax.tree.map(split, tree)
+        return tree if self.alone else jax.tree.map(split, tree)
 
     def join(self, tree: Tree) -> Tree:
         """What ``split`` made, as it was."""
@@ -117,7 +125,7 @@ class Turns:
             table = table.reshape(rows * sharing, columns * pools, *rest)[:, : self.columns]
             return table.reshape(rows * sharing * self.columns, *rest)[: self.groups]
 
-        return jax.tree.map(join, tree)
+        return tree if self.alone else jax.tree.map(join, tree)
 
 
 def _evenly(count: int, most: int) -> int:

@@ -126,7 +126,6 @@ def test_groups_take_turns_alone_on_a_cpu_and_together_elsewhere(monkeypatch):
     ("groups", "together", "pools", "sharing", "turns"),
     [
         (2744, 51, 1, 43, 64),  # the paper's: all pixels of eight images
-        (2744, 1, 1, 1, 2744),
         (64, 51, 32, 1, 2),
         (343, 51, 8, 6, 8),
         (10_000, 51, 1, 40, 256),
@@ -144,6 +143,8 @@ def test_the_groups_of_a_turn_share_its_pools(groups, together, pools, sharing, 
     assert (np.where(which < 0, which.max(-1, keepdims=True), which) == which.max(-1, keepdims=True)).all()
     assert np.array_equal(np.sort(split[split > 0]), numbers)
     assert np.array_equal(plan.join(split), numbers)
+    assert not plan.alone
+    assert Turns.plan(groups, 64, 1).alone
     wide = np.asarray(plan.split(np.stack([numbers, numbers], 1)))
     assert np.array_equal(wide[..., 0], split)
     assert np.array_equal(plan.join(wide)[:, 1], numbers)
