@@ -9,21 +9,21 @@ import math
 from collections import Counter
 from typing import Any
 
-from jax.extend.core import Jaxpr, jaxprs_in_params
+from jax.extend.core import Jaxpr, Literal, jaxprs_in_params
 
 
 def matrix_flops(jaxpr: Jaxpr) -> Counter[str]:
     """Operations (2 a multiply-add) by name stack, ``jvp(encoder)/mlp``, over all devices.
 
     Loops count as often as they turn; ``while`` loops, of which that is not known, once. Of ``cond`` the dearest branch
-    does. Convolutions count as if nothing were padded.
+    does. Convolutions count as if nothing were padded, and what nobody uses does not count.
     """
     return _count(jaxpr, "", 1)
 
 
 def _count(jaxpr: Jaxpr, prefix: str, times: int) -> Counter[str]:
     found: Counter[str] = Counter()
-    for equation in jaxpr.eqns:
+    for equation in _needed(jaxpr):
         name, params = equation.primitive.name, equation.params
         path = "/".join(filter(None, (prefix, str(equation.source_info.name_stack))))
         if name in _OPERATIONS:
@@ -40,6 +40,21 @@ def _count(jaxpr: Jaxpr, prefix: str, times: int) -> Counter[str]:
             for part in jaxprs_in_params(params):
                 found.update(_count(part, path, inner))
     return found
+
+
+def _needed(jaxpr: Jaxpr) -> list[Any]:
+    """The equations whose results are used, in reverse: compilers leave the others out."""
+    used, needed = set(filter(_named, jaxpr.outvars)), []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or not used.isdisjoint(equation.outvars):
+            used.update(filter(_named, equation.invars))
+            needed.append(equation)
+    return needed
+
+
+def _named(variable: Any) -> bool:
+    """Whether it is a variable, not a literal, which has no hash."""
+    return not isinstance(variable, Literal)
 
 
 def _dot_general(equation: Any) -> int:

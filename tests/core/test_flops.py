@@ -32,6 +32,18 @@ def test_products_in_loops_and_branches():
     assert total(lambda x, w: jax.jit(jnp.matmul)(x, w), X, W) == PRODUCT
 
 
+def test_what_nobody_uses_does_not_count():
+    """As the product that is computed again for the gradient of a linear layer, which needs only what goes in."""
+
+    def loss(x, w):
+        again = rematerialise(lambda _, x: jnp.tanh(x) @ w, nnx.Module(), x)
+        return again.sum()
+
+    assert total(lambda x, w: (x @ w, x + 1)[1], X, W) == 0
+    assert total(loss, X, W) == PRODUCT
+    assert total(jax.value_and_grad(loss), X, W) == 2 * PRODUCT
+
+
 def test_batched_products():
     assert total(lambda a, b: jnp.einsum("nij,njk->nik", a, b), jnp.ones((3, 2, 5)), jnp.ones((3, 5, 7))) == 420
 
@@ -95,7 +107,7 @@ def by_phase(again: bool, checkpoint: bool = False):
                     x = rematerialise(Product.__call__, block, x, when=again)
         return (x @ W).sum()
 
-    return by_part(matrix_flops(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(state, X).jaxpr))
+    return by_part(matrix_flops(jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(state, X).jaxpr))
 
 
 @pytest.mark.parametrize("options", [{"again": False}, {"again": True}, {"again": False, "checkpoint": True}])
