@@ -160,13 +160,11 @@ class Pipeline:
         """
         check_settings(self.config, self.mesh)
         check_order(self.config, self.workdir)
-        check_parameters(self.config, self.categories, self.mesh, self.workdir)  # before all images are read
-        check_images(self.config, self.datasets)
-        logger.info(
-            "data: %d labelled, %d unlabelled, %d validation images, %d classes",
-            *(len(source) for source in (self.datasets.labelled, self.datasets.unlabelled, self.datasets.val)),
-            len(self.categories),
-        )
+        check_parameters(self.config, self.categories, self.mesh, self.workdir)
+        for datasets in (self._opened, self.datasets):  # before all images are read, and after
+            check_images(self.config, datasets)
+        sizes = ", ".join(f"{len(source)} {name}" for name, source in self.datasets.of_the_task().items())
+        logger.info("data: %s images, %d classes", sizes, len(self.categories))
 
     def run_step(self, name: str) -> None:
         """Runs one step of the pipeline by name; :meth:`check` has seen that it finds what it needs."""
@@ -256,9 +254,9 @@ class Pipeline:
         folder = self.config.data.cache
         return Cached(source, folder, view) if folder and source is not None else source
 
-    def _unlabelled(self, name: str) -> Source:
+    def _unlabelled(self, name: str) -> Source | None:
         which = self.config.steps[name].pseudo_labels
-        if which in ("", "online"):
+        if self.datasets.unlabelled is None or which in ("", "online"):
             return self.datasets.unlabelled
         store = PseudoLabels.open(self.workdir / "pseudo_labels" / which)
         return PseudoLabelled(self.datasets.unlabelled, store, self.categories)
@@ -375,6 +373,7 @@ class Pipeline:
     def pseudo_label(self, which: str) -> None:
         """Labels the unlabelled pool with the finetuned or adapted teacher, shard by shard."""
         step, source = TEACHERS[which], self.datasets.unlabelled
+        assert source is not None, "check_images has seen to it"
 
         def prepare() -> Predict:
             predictor, params = self._trained(step, labelling=True)

@@ -190,6 +190,12 @@ def check_images(run: RunConfig, datasets: Datasets) -> None:
       UserError: naming the step.
     """
     for name in run.order:
+        reads = run.loader_config(name).batch_unlabelled if name in run.steps else name.startswith("pseudo_label")
+        if reads and datasets.unlabelled is None:
+            raise UserError(
+                f"config.data.unlabelled is not set, whose images step {name!r} reads; give a folder of images: "
+                "--config.data.unlabelled=PATH"
+            )
         if name in run.steps and run.steps[name].source == "pretrain" and datasets.pretrain is None:
             raise UserError(
                 f"config.steps.{name}.source is 'pretrain', but data of kind {run.data.kind!r} has no images for "

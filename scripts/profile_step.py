@@ -129,7 +129,7 @@ def first_batch(pipeline: Pipeline, name: str) -> tuple[Any, tuple[Category, ...
         store = pipeline.workdir / "pseudo_labels" / step.pseudo_labels
         if step.pseudo_labels in ("", "online"):
             unlabelled = datasets.unlabelled
-        elif (store / "stats.json").exists():
+        elif datasets.unlabelled is not None and (store / "stats.json").exists():
             unlabelled = PseudoLabelled(datasets.unlabelled, PseudoLabels.open(store), categories)
         else:
             logger.info("no pseudo-labels in %s: labelled images in their place", store)

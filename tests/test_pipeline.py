@@ -156,6 +156,25 @@ def test_a_missing_step_is_named_with_its_command(step, needed, tmp_path):
         pipeline.run(config(step), tmp_path)
 
 
+def test_only_steps_that_read_unlabelled_images_need_some(run, tmp_path, monkeypatch):
+    paths = {"labelled": str(run / "data" / "coco" / "labelled.json"), "val": str(run / "data" / "coco" / "val.json")}
+    with pytest.raises(
+        UserError, match=r"config\.data\.unlabelled is not set, whose images step 'pseudo_label/finetuned' reads"
+    ):
+        pipeline.run(with_paths("cast", paths), tmp_path / "cast")
+    ran = []
+    monkeypatch.setattr(pipeline.Pipeline, "run_step", lambda self, name: ran.append(name))
+    for step in ("finetune", "student_supervised"):
+        pipeline.run(with_paths(step, paths), tmp_path / step)
+    assert ran == ["finetune", "student_supervised"]
+
+
+def with_paths(step: str, paths: dict[str, str]):
+    values = config(step)
+    values["data"].update(paths)
+    return values
+
+
 def test_missing_paths_are_named_before_anything_is_trained(tmp_path):
     with pytest.raises(UserError, match=r"config\.data\.labelled is not set"):
         pipeline.run(coco.get_config("cast").to_dict(), tmp_path)

@@ -32,19 +32,22 @@ from cast_jax.data.splits import find_images, read_split, split_indices
 class Datasets:
     """Labelled and unlabelled training images, validation images, and what a stand-in teacher is pretrained on.
 
+    Own data may come without ``unlabelled`` images, for runs without a step that reads them.
+
     Attributes:
       reports: by name what the look at them found, once they have been looked at.
     """
 
     labelled: Source
-    unlabelled: Source
+    unlabelled: Source | None
     val: Source
     pretrain: Source | None = None
     reports: Mapping[str, SourceReport] = dataclasses.field(default_factory=dict)
 
     def of_the_task(self) -> dict[str, Source]:
-        """All by name but what a teacher is pretrained on."""
-        return {"labelled": self.labelled, "unlabelled": self.unlabelled, "val": self.val}
+        """All by name that are there, but what a teacher is pretrained on."""
+        named = {"labelled": self.labelled, "unlabelled": self.unlabelled, "val": self.val}
+        return {name: source for name, source in named.items() if source is not None}
 
 
 def open_datasets(data: Mapping[str, Any], workdir: Path) -> Datasets:
@@ -70,10 +73,9 @@ def _coco(data: Mapping[str, Any], workdir: Path) -> Datasets:
     paths = {key: data[key] for key in ("labelled", "unlabelled", "val")}
     if not any(paths.values()) and data["generated"]["train"]:
         paths = _generated_coco(data, workdir)
-    for key, path in paths.items():
-        if not path and not (key == "unlabelled" and data.get("split")):
-            what = "a folder of images" if key == "unlabelled" else "a COCO JSON"
-            raise DataError(f"config.data.{key} is not set; give {what}: --config.data.{key}=PATH")
+    for key in ("labelled", "val"):
+        if not paths[key]:
+            raise DataError(f"config.data.{key} is not set; give a COCO JSON: --config.data.{key}=PATH")
     folders = {key: data[f"{key}_images"] if data.get(f"{key}_images") else None for key in ("labelled", "val")}
     on_fault = data.get("on_unreadable", "error")
     with _named("labelled"):
@@ -83,7 +85,6 @@ def _coco(data: Mapping[str, Any], workdir: Path) -> Datasets:
     with _named("unlabelled"):
         unlabelled = ImageFolder(paths["unlabelled"]) if paths["unlabelled"] else None
     if not data.get("split"):
-        assert unlabelled is not None
         return Datasets(whole, unlabelled, val)
     labelled, rest = _divided(whole, data["split"])
     return Datasets(Subset(whole, labelled), unlabelled or Unlabelled(whole, rest), val)

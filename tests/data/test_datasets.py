@@ -107,7 +107,11 @@ def test_own_data_in_coco_json(tmp_path):
     paths = {key: str(made / name) for key, name in paths.items()}
     datasets = open_datasets(settings("coco", NOTHING, **paths), tmp_path / "other")
     assert sizes(datasets) == [2, 4, 2]
-    for key in paths:
+    assert list(open_datasets(settings("coco", NOTHING, **{**paths, "unlabelled": ""}), tmp_path).of_the_task()) == [
+        "labelled",
+        "val",
+    ]
+    for key in ("labelled", "val"):
         with pytest.raises(DataError, match=rf"config\.data\.{key} is not set; .* --config\.data\.{key}=PATH"):
             open_datasets(settings("coco", NOTHING, **{**paths, key: ""}), tmp_path)
     with pytest.raises(DataError, match=r"nowhere\.json"):
