@@ -45,7 +45,7 @@ from cast_jax.trainer import make_step
 
 _STEPS = flags.DEFINE_integer("steps", 10, "Updates to time, after two that are not.", lower_bound=1)
 _TRACE = flags.DEFINE_string("trace", None, "Folder for a trace of three updates, for TensorBoard or Perfetto.")
-_HLO = flags.DEFINE_string("hlo", None, "File for the compiled program's text.")
+_HLO = flags.DEFINE_string("hlo", None, "File for the text of the two compiled programs.")
 _JSON = flags.DEFINE_string("json", None, "File for all figures.")
 _PEAK = flags.DEFINE_float("peak", None, "What a device can do at most, TFLOP/s, where its name does not tell.")
 _ABSTRACT = flags.DEFINE_bool("abstract", False, "Compile only: nothing is allocated, nothing runs.")
@@ -100,7 +100,7 @@ def profile(config: dict[str, Any], workdir: Path, trace: Path) -> None:
         batch, state = shard_batch(batch, step.mesh), step.initial_state()
     step.compile(name, state, {}, batch)
     if _HLO.value:
-        Path(_HLO.value).write_text(step.program.as_text())
+        Path(_HLO.value).write_text("\n".join(program.as_text() for program in step.programs))
     found = profiling.report(step, peak=_PEAK.value and 1e12 * _PEAK.value)
     if not abstract:
         state, seconds = timed(step, state, batch)
@@ -109,7 +109,7 @@ def profile(config: dict[str, Any], workdir: Path, trace: Path) -> None:
                 with jax.profiler.StepTraceAnnotation(name, step_num=number):
                     state, *_ = step(state, {}, batch)
             jax.block_until_ready(state)
-        found = profiling.measured(found, seconds, trace, TRACED, step.program)
+        found = profiling.measured(found, seconds, trace, TRACED, step.programs)
         found["images_per_second"] = count_images(batch) / seconds
         found["hours"] = run.steps[name].train.steps * seconds / 3600
     print(profiling.as_text(found))

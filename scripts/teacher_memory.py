@@ -53,14 +53,14 @@ def main() -> None:
     step = make_step(recipe, run.train_config("adapt"))
     group = abstract_group(options.batch, options.side, run.data.max_instances)
     step.compile("adapt", step.like, {}, {"labelled": group, "unlabelled": group})
-    memory = step.program.memory_analysis()
+    memory = step.programs.gradients.memory_analysis()
     described: dict[str, Any] = {
         "model": options.model,
         "parameters": count_parameters(recipe.abstract()),
         "images": f"{options.batch} + {options.batch}, two views each, {options.side} x {options.side}",
         "state and batch, GiB": round(memory.argument_size_in_bytes / 2**30, 2),
         "temporaries, GiB": round(memory.temp_size_in_bytes / 2**30, 2),
-        "together, GiB": round((memory_bytes(step.program) or 0) / 2**30, 2),
+        "together, GiB": round((memory_bytes(step.programs.gradients) or 0) / 2**30, 2),
         "compiled in, s": round(time.monotonic() - started),
         "device": jax.devices()[0].device_kind,
         "dtype": options.dtype,

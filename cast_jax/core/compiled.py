@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from cast_jax.core.hlo import CONTROL, Instruction, read
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+
+
+def added_up(measure: Callable[[Any], Mapping[str, Any]], programs: Iterable[Any]) -> dict[str, Any]:
+    """What ``measure`` finds of each of several programs, added up by name."""
+    found: Counter[str] = Counter()
+    for program in programs:
+        found.update(measure(program))
+    return dict(found)
 
 
 def memory_bytes(program: Any) -> int | None:

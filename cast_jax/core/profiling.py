@@ -5,20 +5,21 @@ Parts are ``jax.named_scope``s. Their names reach the compiled program's instruc
 
 from __future__ import annotations
 
+import bisect
 import collections
 import contextlib
 import dataclasses
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.profiler import ProfileData
 
-from cast_jax.core.compiled import collective_bytes, cost_analysis, instructions, launches, memory_bytes
+from cast_jax.core.compiled import added_up, collective_bytes, cost_analysis, instructions, launches, memory_bytes
 from cast_jax.core.config import check_ranges
 from cast_jax.core.errors import UserError
 from cast_jax.core.files import write_json
@@ -91,42 +92,46 @@ def by_scope(amounts: Mapping[str, int]) -> dict[str, int]:
     return dict(found)
 
 
-def operation_seconds(trace: Path, program: Any) -> dict[str, float]:
-    """Seconds of a compiled program's operations, by operation name, on average over this machine's devices.
+def operation_seconds(trace: Path, programs: Iterable[Any]) -> dict[str, float]:
+    """Seconds of compiled programs' operations, by operation name, on average over this machine's devices.
 
     Of several traces in the folder ``trace`` the last one counts.
 
     Raises:
       UserError: the trace has none of them.
     """
-    module, names = instructions(program)
+    names = dict(map(instructions, programs))
     seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
     devices: set[str] = set()
     files = sorted(Path(trace).rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
     for file in files[-1:]:
-        for device, instruction, duration in _events(ProfileData.from_file(str(file)), module):
-            name = names.get(instruction, "")
+        for device, module, instruction, duration in _events(ProfileData.from_file(str(file)), names):
+            name = names[module].get(instruction, "")
             if name is not None:  # loops, whose bodies' operations are there too
                 devices.add(device)
                 seconds[name] += duration * 1e-9
     if not seconds:
-        raise UserError(f"{trace}: no operation of {module} was traced")
+        raise UserError(f"{trace}: no operation of {', '.join(names)} was traced")
     return {name: value / len(devices) for name, value in seconds.items()}
 
 
-def _events(data: ProfileData, module: str) -> Iterator[tuple[str, str, float]]:
-    """(device, instruction, nanoseconds) of everything that ran for ``module``.
+def _events(data: ProfileData, modules: Collection[str]) -> Iterator[tuple[str, str, str, float]]:
+    """(device, module, instruction, nanoseconds) of everything that ran for ``modules``.
 
-    Accelerators have planes of their own; of a TPU's lines one holds the operations. On a CPU the host's threads run
-    them, and what one thread begins another may end: an event called "end: ..." then tells when.
+    Accelerators have planes of their own; of a TPU's lines one holds the operations, and another the programs that they
+    belong to. On a CPU the host's threads run them, and what one thread begins another may end: an event called
+    "end: ..." then tells when.
     """
     planes = list(data.planes)
     if own := [plane for plane in planes if re.fullmatch(r"/device:(GPU|TPU):\d+", plane.name)]:
         planes = own
     for plane in planes:
         lines = list(plane.lines)
+        programs = sorted(
+            (event.start_ns, event.name) for line in lines if line.name == "XLA Modules" for event in line.events
+        )
         lines = [line for line in lines if line.name == "XLA Ops"] or lines
-        begun: dict[int, tuple[str, str, float, float]] = {}
+        begun: dict[int, tuple[str, str, str, float, float]] = {}
         ended: dict[int, float] = {}
         for line in lines:
             for event in line.events:
@@ -135,16 +140,23 @@ def _events(data: ProfileData, module: str) -> Iterator[tuple[str, str, float]]:
                     ended[known.get("_c", -1)] = event.start_ns
                     continue
                 instruction = known.get("hlo_op") or (event.name if line.name == "XLA Ops" else None)
-                if instruction is None or known.get("hlo_module", module).partition("(")[0] != module:
+                module = (known.get("hlo_module") or _running(programs, event.start_ns)).partition("(")[0]
+                if instruction is None or module not in modules:
                     continue
                 device = f"{plane.name} {known.get('device_ordinal', 0)}"
                 instruction = instruction.partition(" = ")[0].removeprefix("%")
                 if plane.name.startswith("/device:") or "_p" not in known:
-                    yield device, instruction, event.duration_ns
+                    yield device, module, instruction, event.duration_ns
                 else:
-                    begun[known["_p"]] = device, instruction, event.start_ns, event.duration_ns
-        for number, (device, instruction, start, duration) in begun.items():
-            yield device, instruction, max(ended.get(number, start) - start, duration)
+                    begun[known["_p"]] = device, module, instruction, event.start_ns, event.duration_ns
+        for number, (device, module, instruction, start, duration) in begun.items():
+            yield device, module, instruction, max(ended.get(number, start) - start, duration)
+
+
+def _running(programs: list[tuple[float, str]], time: float) -> str:
+    """The program, of such that ran one after another since the times beside their names, which ran at a time."""
+    position = bisect.bisect_right(programs, time, key=lambda program: program[0])
+    return programs[position - 1][1] if position else ""
 
 
 @contextlib.contextmanager
@@ -168,12 +180,16 @@ def report(step: TrainStep, *, peak: float | None = None) -> dict[str, Any]:
     no bound, as traffic is counted by sizes, and loops of unknown length once. (Such are the criterion's, over what
     there is of instances.)
     """
-    device, flops = step.mesh.devices.flat[0], by_part(matrix_flops(step.traced.jaxpr.jaxpr))
+    device, memory = step.mesh.devices.flat[0], step.programs.gradients.memory_analysis()
+    flops = by_part(added_up(lambda traced: matrix_flops(traced.jaxpr.jaxpr), step.traced))
+    moved = by_scope(added_up(traffic, step.programs))
     known_peak, transfer = peaks(device.device_kind)
     peak = peak or known_peak
-    memory = step.program.memory_analysis()
     again = sum(phases["recomputed"] for phases in flops.values())
-    all_flops, moved = sum(sum(phases.values()) for phases in flops.values()), by_scope(traffic(step.program))
+    all_flops, moved = (
+        sum(sum(phases.values()) for phases in flops.values()),
+        by_scope(added_up(traffic, step.programs)),
+    )
     return {
         "device": device.device_kind,
         "devices": step.mesh.size,
@@ -182,7 +198,7 @@ def report(step: TrainStep, *, peak: float | None = None) -> dict[str, Any]:
         "flops": all_flops - again,
         "recomputed_flops": again,
         "flops_by_part": flops,
-        "xla": cost_analysis(step.program),
+        "xla": added_up(cost_analysis, step.programs),
         "traffic": moved,
         "seconds_at_peak": {
             "operations": peak and all_flops / step.mesh.size / peak,
@@ -191,19 +207,21 @@ def report(step: TrainStep, *, peak: float | None = None) -> dict[str, Any]:
         "memory": {
             "arguments": memory and memory.argument_size_in_bytes,
             "temporaries": memory and memory.temp_size_in_bytes,
-            "total": memory_bytes(step.program),
+            "total": memory_bytes(step.programs.gradients),
             "limit": memory_limit(),
         },
-        "collectives": collective_bytes(step.program),
-        "launches": by_scope(launches(step.program)) if device.platform == "gpu" else None,
+        "collectives": added_up(collective_bytes, step.programs),
+        "launches": by_scope(added_up(launches, step.programs)) if device.platform == "gpu" else None,
     }
 
 
-def measured(report: Mapping[str, Any], seconds: float, trace: Path, steps: int, program: Any) -> dict[str, Any]:
+def measured(
+    report: Mapping[str, Any], seconds: float, trace: Path, steps: int, programs: Iterable[Any]
+) -> dict[str, Any]:
     """A report with what was measured: ``seconds`` a step, and the parts' times in a ``trace`` of some ``steps``."""
     rate = report["flops"] / seconds
     peak = report["peak_flops"]
-    times = by_part({name: value / steps for name, value in operation_seconds(trace, program).items()})
+    times = by_part({name: value / steps for name, value in operation_seconds(trace, programs).items()})
     return {
         **report,
         "seconds": seconds,
@@ -321,7 +339,7 @@ class ProfiledSteps:
         self._trace.close()
         found = report(self.step)
         try:
-            found = measured(found, seconds, self.folder, steps, self.step.program)
+            found = measured(found, seconds, self.folder, steps, self.step.programs)
         except UserError as error:  # no reason to end a run
             logger.warning("profile: %s", error)
         write_json(self.folder / "report.json", found)

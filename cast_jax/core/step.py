@@ -1,15 +1,21 @@
-"""One update of a recipe's parameters, compiled ahead of time for one mesh."""
+"""One update of a recipe's parameters, compiled ahead of time for one mesh.
+
+It is two programs, one after the other: gradients are clipped by their norm over all parameters, so that none of the
+optimiser's work can begin before the last gradient is there. So nothing is lost, and both compile at the same time.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +47,9 @@ logger = logging.getLogger(__name__)
 class Trainable(Protocol):
     """What a recipe must offer. Three methods are optional, and looked up by name.
 
-    ``init_bank()`` returns arrays that become ``state.bank``; ``post_update(state, aux)`` returns the state after an
-    update, where ``aux`` is the third value of ``loss_fn`` (None if it returns two). ``loss_fn`` finds the moving
-    average and the bank, where the run has them, as ``frozen["ema"]`` and ``frozen["bank"]``.
+    ``init_bank()`` returns arrays that become ``state.bank``, and ``update_bank(bank, third)`` what they are after an
+    update, of which ``loss_fn`` returned the third value. ``loss_fn`` finds the moving average and the bank, where the
+    run has them, as ``frozen["ema"]`` and ``frozen["bank"]``.
 
     With gradient accumulation ``loss_fn`` sees one micro-batch at a time, and what ``normalisers(batch)`` returns of
     the whole batch, divided by their number, as ``frozen["normalisers"]``; the third values are joined along their
@@ -59,8 +65,17 @@ class Trainable(Protocol):
         ...
 
 
+class Programs(NamedTuple):
+    """The two of an update."""
+
+    gradients: Any
+    """(state, frozen, batch, key) -> (gradients of the trained parameters by path, bank, loss, metrics)."""
+    optimizer: Any
+    """(state, gradients, loss) -> (state, metrics, whether loss and gradients were finite); the state is donated."""
+
+
 class TrainStep:
-    """The update of one recipe on one mesh; pure, apart from keeping the program that it compiled.
+    """The update of one recipe on one mesh; pure, apart from keeping the programs that it compiled.
 
     Args:
       steps: length of the run, for the schedule.
@@ -72,7 +87,7 @@ class TrainStep:
 
     Attributes:
       like: the state's shapes, dtypes and shardings.
-      traced, program: the update as JAX traced it and as XLA compiled it, once that is done.
+      traced, programs: the update as JAX traced it and as XLA compiled it, once that is done.
     """
 
     def __init__(
@@ -99,8 +114,7 @@ class TrainStep:
         self.like: TrainState = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, self._shardings
         )
-        self.traced: Any = None
-        self.program: Any = None
+        self.traced = self.programs = Programs(None, None)
 
     def initial_state(self, params: Any = None) -> TrainState:
         """Step 0 from ``params`` (copied), or from ``recipe.init``. Raises :class:`UserError` where they do not fit."""
@@ -122,28 +136,44 @@ class TrainStep:
         begin = time.monotonic()
         everywhere = replicated(self.mesh)
         key = jax.ShapeDtypeStruct(self._step_key.shape, self._step_key.dtype, sharding=everywhere)
-        jitted = jax.jit(self._step, donate_argnums=0, out_shardings=(self._shardings, everywhere, everywhere))
-        with jax.set_mesh(self.mesh):
-            with _uncollected():
-                self.traced = jitted.trace(state, frozen, batch, key)
-                lowered = self.traced.lower()
-            self.program = lowered.compile(_compiler_options())
+        loss = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+        gradients = self.optimizer.split(self.like.params)[0]
+        where = (
+            {name: leaf.sharding for name, leaf in gradients.items()},
+            self._shardings.bank,
+            everywhere,
+            everywhere,
+        )
+        # The first is given the whole state, so that its memory is what the update needs.
+        self._jitted = Programs(
+            jax.jit(self._differentiate, keep_unused=True, out_shardings=where),
+            jax.jit(self._optimize, donate_argnums=0, out_shardings=(self._shardings, everywhere, everywhere)),
+        )
+        with jax.set_mesh(self.mesh), ThreadPoolExecutor(1) as pool, _uncollected():
+            first = self._jitted.gradients.trace(state, frozen, batch, key)
+            compiling = pool.submit(first.lower().compile, _compiler_options())
+            second = self._jitted.optimizer.trace(state, gradients, loss)
+            self.traced = Programs(first, second)
+            compiled = second.lower().compile(_compiler_options())
+            self.programs = Programs(compiling.result(), compiled)
         logger.info("compiling the %s step done in %.1f s", name, time.monotonic() - begin)
-        _report_memory(name, memory_bytes(self.program), memory_limit())
-        if jax.config.jax_debug_nans:  # type: ignore[attr-defined]
-            self.program = functools.partial(self._debugged, jitted)
+        _report_memory(name, memory_bytes(self.programs.gradients), memory_limit())
 
     def __call__(
         self, state: TrainState, frozen: dict[str, Any], batch: Any
     ) -> tuple[TrainState, dict[str, metric.Pair], Bool[Array, ""]]:
         """(new state, metrics, whether loss and gradients were finite). ``state`` is donated; nothing is waited for."""
-        assert self.program is not None, "compile first"
-        return self.program(state, frozen, batch, self._key)
-
-    def _debugged(self, jitted: Any, *arguments: Any) -> Any:
-        """Only a call through jit, which traces again, goes on to find the operation that made a NaN."""
+        assert self.programs.gradients is not None, "compile first"
+        if not jax.config.jax_debug_nans:  # type: ignore[attr-defined]
+            return self._run(self.programs, state, frozen, batch)
+        # Only calls through jit, which traces again, go on to find the operation that made a NaN.
         with jax.set_mesh(self.mesh):
-            return jitted(*arguments)
+            return self._run(self._jitted, state, frozen, batch)
+
+    def _run(self, programs: Programs, state: TrainState, frozen: dict[str, Any], batch: Any) -> tuple[Any, Any, Any]:
+        gradients, bank, loss, metrics = programs.gradients(state, frozen, batch, self._key)
+        state, more, finite = programs.optimizer(dataclasses.replace(state, bank=bank), gradients, loss)
+        return state, metrics | more, finite
 
     @functools.cached_property
     def _key(self) -> PRNGKeyArray:
@@ -159,22 +189,22 @@ class TrainStep:
             bank=None if init_bank is None else init_bank(),
         )
 
-    def _step(self, state: TrainState, frozen: dict[str, Any], batch: Any, key: PRNGKeyArray) -> tuple[Any, Any, Any]:
+    def _differentiate(self, state: TrainState, frozen: dict[str, Any], batch: Any, key: PRNGKeyArray) -> Any:
         key = jax.random.fold_in(key, state.step)
         own = {name: value for name, value in (("ema", state.ema), ("bank", state.bank)) if value is not None}
         gradients_of = self._gradients if self.accumulate == 1 else self._accumulated_gradients
         loss, metrics, aux, gradients = gradients_of(state.params, frozen | own, batch, key)
+        bank = None if state.bank is None else self.recipe.update_bank(state.bank, aux)  # type: ignore[attr-defined]
+        return gradients, bank, loss.astype(jnp.float32), metric.as_pairs({"loss/total": (loss, 1.0), **metrics})
+
+    def _optimize(self, state: TrainState, gradients: dict[str, Array], loss: Array) -> tuple[TrainState, Any, Array]:
         with jax.named_scope("optimizer"):
             params, opt_state, norm = self.optimizer.apply(gradients, state.opt_state, state.params, state.step)
             ema = state.ema
             if self.ema_decay is not None:
                 ema = ema_update(ema, params, self.ema_decay, state.step, warmup=self.ema_warmup)
         new = TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, bank=state.bank)
-        post_update = getattr(self.recipe, "post_update", None)
-        new = new if post_update is None else post_update(new, aux)
         metrics = {
-            "loss/total": (loss, 1.0),
-            **metrics,
             "optimizer/gradient_norm": (norm, 1.0),
             "optimizer/learning_rate": (self.optimizer.schedule(state.step), 1.0),
         }

@@ -139,13 +139,10 @@ class SemiSupervised:
         g = jax.eval_shape(of_map, prediction)
         return empty_bank(self.config.contrastive, z.shape[-1], g.shape[-1])
 
-    def post_update(self, state: Any, aux: Entries | None) -> Any:
-        """``state`` with the update's pixels in its bank: of several micro-batches' pixels an equal share of each."""
-        if aux is None:
-            return state
-        share = -(-len(aux.valid) // self.config.contrastive.bank_new)
-        chosen = jax.tree.map(lambda values: values[::share], aux)
-        return dataclasses.replace(state, bank=push(state.bank, chosen))
+    def update_bank(self, bank: Bank, entries: Entries) -> Bank:
+        """The bank with an update's pixels: of several micro-batches' pixels an equal share of each."""
+        share = -(-len(entries.valid) // self.config.contrastive.bank_new)
+        return push(bank, jax.tree.map(lambda values: values[::share], entries))
 
     def normalisers(self, batch: Batch) -> Params:
         """The numbers of instances that L_sup and L_pl are averaged over, by group and view, and L_pxl's ``anchors``.

@@ -19,7 +19,7 @@ import jax
 
 from cast_jax.core import sharding
 from cast_jax.core.annotations import Category
-from cast_jax.core.compiled import collective_bytes
+from cast_jax.core.compiled import added_up, collective_bytes
 from cast_jax.core.logging import read_metrics
 from cast_jax.core.rules import named_leaves
 from cast_jax.core.sharding import batch_sharding, make_mesh, shard_batch
@@ -213,7 +213,7 @@ def exchanged(repeats: int) -> list[dict[str, Any]]:
             split = batch_sharding(make_mesh(mesh))
             batch = jax.tree.map(lambda x, split=split: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), batch)
             step.compile("distill", step.like, {}, batch)
-            sent = collective_bytes(step.program)
+            sent = added_up(collective_bytes, step.programs)
             parameters = sum(4 * leaf.size for leaf in named_leaves(step.like.params).values())
             images = sum(4 * leaf.size for name, leaf in named_leaves(batch).items() if name.endswith("/image"))
             row: dict[str, Any] = {"mesh": f"{mesh['data']} x {mesh['fsdp']}", "images": f"{size[0]} x {size[1]}"}

@@ -122,7 +122,7 @@ def _update(name: str, side: int, theirs: Teacher, repeats: int, kept: bool) -> 
     targets = both(coarse.astype(np.float32)), both(labels.astype(np.int64)), both(boxes)
     update = Update(theirs, Contrast(literal, ANCHORS), _normalised(np.concatenate([images, images])), *targets)
     torchs = lambda: _wait(update())
-    return _row(2, count_parameters(recipe.abstract()), compiling, step.program, ours, torchs, repeats)
+    return _row(2, count_parameters(recipe.abstract()), compiling, step.programs.gradients, ours, torchs, repeats)
 
 
 def _row(

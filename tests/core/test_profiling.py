@@ -31,9 +31,20 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 """
 
 
+OTHER = """HloModule jit_add
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  ROOT %fusion.1 = f32[4]{0} fusion(%a), metadata={op_name="jit(add)/optimizer/add"}
+}
+"""
+
+
 class Program:
+    def __init__(self, text: str = HLO) -> None:
+        self.text = text
+
     def as_text(self) -> str:
-        return HLO
+        return self.text
 
 
 def test_instructions_and_what_they_were_made_of():
@@ -95,15 +106,19 @@ planes {{ name: "/device:GPU:{device}"
 """
 TPU = """
 planes { name: "/device:TPU:0"
-  lines { name: "XLA Modules" events { metadata_id: 4 duration_ps: 90000000 } }
+  lines { name: "XLA Modules"
+    events { metadata_id: 4 offset_ps: 1000000 duration_ps: 90000000 }
+    events { metadata_id: 5 offset_ps: 91000000 duration_ps: 7000000 } }
   lines { name: "XLA Ops"
-    events { metadata_id: 3 duration_ps: 20000000 }
-    events { metadata_id: 1 duration_ps: 6000000 }
-    events { metadata_id: 2 duration_ps: 5000000 } }
+    events { metadata_id: 3 offset_ps: 1000000 duration_ps: 20000000 }
+    events { metadata_id: 1 offset_ps: 1000000 duration_ps: 6000000 }
+    events { metadata_id: 2 offset_ps: 7000000 duration_ps: 5000000 }
+    events { metadata_id: 1 offset_ps: 92000000 duration_ps: 4000000 } }
   event_metadata { key: 1 value { id: 1 name: "%fusion.1 = (s32[], f32[4]{0}) fusion(%p)" } }
   event_metadata { key: 2 value { id: 2 name: "%gemm_fusion.2 = f32[4]{0} fusion(%a)" } }
   event_metadata { key: 3 value { id: 3 name: "%while.7 = (s32[], f32[4]{0}) while(%t)" } }
-  event_metadata { key: 4 value { id: 4 name: "jit__step" } } }
+  event_metadata { key: 4 value { id: 4 name: "jit__step(17)" } }
+  event_metadata { key: 5 value { id: 5 name: "jit_add(18)" } } }
 """
 
 
@@ -115,16 +130,24 @@ def write_trace(folder: Path, text: str) -> None:
 def test_traces_of_accelerators(tmp_path, text):
     """Loops and what holds them do not count; nor do other programs, copies and the host."""
     write_trace(tmp_path, text)
-    seconds = profiling.by_part(profiling.operation_seconds(tmp_path, Program()))
+    seconds = profiling.by_part(profiling.operation_seconds(tmp_path, [Program()]))
     assert seconds == {
         "encoder": {"forward": pytest.approx(6e-6), "backward": 0, "recomputed": 0},
         "decoder": {"forward": 0, "backward": pytest.approx(5e-6), "recomputed": 0},
     }
 
 
+@pytest.mark.parametrize(("text", "microseconds"), [(GPU.format(device=0), 7), (TPU, 4)], ids=["gpu", "tpu"])
+def test_programs_may_name_their_instructions_alike(tmp_path, text, microseconds):
+    write_trace(tmp_path, text)
+    seconds = profiling.operation_seconds(tmp_path, [Program(), Program(OTHER)])
+    assert seconds["jit(add)/optimizer/add"] == pytest.approx(1e-6 * microseconds)
+    assert seconds["jit(_step)/jvp(encoder)/while/body/mul"] == pytest.approx(6e-6)
+
+
 def test_devices_are_averaged(tmp_path):
     write_trace(tmp_path, GPU.format(device=0) + GPU.format(device=1))
-    seconds = profiling.operation_seconds(tmp_path, Program())
+    seconds = profiling.operation_seconds(tmp_path, [Program()])
     assert sum(seconds.values()) == pytest.approx(11e-6)
 
 
@@ -133,13 +156,13 @@ def test_the_last_of_several_traces_counts(tmp_path):
         (tmp_path / str(hour)).mkdir()
         write_trace(tmp_path / str(hour), GPU.format(device=0))
         os.utime(tmp_path / str(hour) / "host.xplane.pb", (hour, hour))
-    assert sum(profiling.operation_seconds(tmp_path, Program()).values()) == pytest.approx(11e-6)
+    assert sum(profiling.operation_seconds(tmp_path, [Program()]).values()) == pytest.approx(11e-6)
 
 
 def test_a_trace_without_the_program_is_refused(tmp_path):
     write_trace(tmp_path, GPU.format(device=0).replace("jit__step", "jit_other"))
     with pytest.raises(UserError, match="no operation of jit__step was traced"):
-        profiling.operation_seconds(tmp_path, Program())
+        profiling.operation_seconds(tmp_path, [Program()])
 
 
 def test_a_trace_of_this_machine(tmp_path):
@@ -156,7 +179,7 @@ def test_a_trace_of_this_machine(tmp_path):
     jax.block_until_ready(program(x, x))
     with profiling.tracing(tmp_path):
         jax.block_until_ready(program(x, x))
-    parts = profiling.by_part(profiling.operation_seconds(tmp_path, program))
+    parts = profiling.by_part(profiling.operation_seconds(tmp_path, [program]))
     assert 20 * 1e-5 < parts["encoder"]["forward"] < 10.0  # 20 products of 34 MFLOP
     assert 0 < parts["decoder"]["forward"] < parts["encoder"]["forward"]
 

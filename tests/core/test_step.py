@@ -15,6 +15,7 @@ import pytest
 from toy_training import DIMENSION, TRUTH, Regression, toy_config
 
 from cast_jax.core import target
+from cast_jax.core.compiled import memory_bytes
 from cast_jax.core.errors import UserError
 from cast_jax.core.sharding import check_batch_size, make_mesh, micro_batches
 from cast_jax.core.step import TrainStep, _compiler_options
@@ -78,9 +79,6 @@ class Noiseless(Regression):
     def normalisers(self, batch):
         return jnp.sum(batch["x"])
 
-    def post_update(self, state, aux):
-        return state
-
 
 def test_the_update_is_that_of_the_whole_batch():
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
@@ -98,12 +96,24 @@ def test_a_recipe_s_third_values_are_joined():
     seen = []
 
     class Seen(Noiseless):
-        def post_update(self, state, aux):
-            seen.append(aux.shape)
-            return state
+        def init_bank(self):
+            return jnp.zeros(())
+
+        def update_bank(self, bank, third):
+            seen.append(third.shape)
+            return bank
 
     updated(rows(12), 3, make_mesh({"data": 1}, jax.devices()[:1]), Seen)
     assert seen == [(12,)]
+
+
+def test_the_memory_of_an_update_is_that_of_its_gradients():
+    """Moments too, which only the optimiser reads."""
+    step = TrainStep(Regression(), optimizer=toy_config(3).optimizer, steps=3, mesh=make_mesh({"data": 1}))
+    step.compile("toy", step.like, {}, rows(8))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((step.like, rows(8))))
+    assert memory_bytes(step.programs.gradients) >= held
+    assert memory_bytes(step.programs.optimizer) < memory_bytes(step.programs.gradients)
 
 
 def test_the_garbage_collector_rests_only_while_tracing():
@@ -129,7 +139,7 @@ def test_on_a_cpu_xla_does_less_unless_told_otherwise(monkeypatch):
         patched.setattr("cast_jax.core.step.memory_bytes", lambda program: None)
         step = TrainStep(Regression(), optimizer=toy_config(3).optimizer, steps=3, mesh=make_mesh({"data": 1}))
         step.compile("toy", step.like, {}, rows(8))
-        assert seen == [less]
+        assert seen == [less, less]
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_disable_hlo_passes=dce")
     assert _compiler_options() == {}
     monkeypatch.setenv("XLA_FLAGS", "")

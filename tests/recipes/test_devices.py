@@ -19,7 +19,7 @@ from test_semi_supervised import ALL, NAMES, parts
 from tiny import group
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.core import sharding
-from cast_jax.core.compiled import collective_bytes
+from cast_jax.core.compiled import added_up, collective_bytes
 from cast_jax.core.optim import OptimizerConfig
 from cast_jax.core.rules import named_leaves
 from cast_jax.core.step import TrainStep
@@ -58,13 +58,13 @@ def check_same(found, one):
 
 
 one, step = losses(sharding.make_mesh({"data": 1}, jax.devices()[:1]))
-assert collective_bytes(step.program) == {}
+assert added_up(collective_bytes, step.programs) == {}
 eight, step = losses(sharding.make_mesh({"data": 8}))
 check_same(eight, one)
 
 # Parameters' gradients, pools of proposals there and back (64 images make 32 groups of 16 anchors), and crumbs: nothing
 # that grows with the pixels. The images alone are larger.
-exchanged = collective_bytes(step.program)
+exchanged = added_up(collective_bytes, step.programs)
 parameters = sum(4 * leaf.size for leaf in named_leaves(step.like.params).values())
 proposals = 32 * 2 * contrastive.num_slots
 pools = proposals * 4 * (4 + 12 + 2 * 8 + 2)
@@ -88,7 +88,7 @@ assert sum(collective_bytes(program).values()) <= 8 * 5 * 3 * 4, program.as_text
 
 split, step = losses(sharding.make_mesh({"data": 2, "fsdp": 4}))
 # Parameters that are split are gathered, twice, also within loops; activations stay where they are.
-exchanged = collective_bytes(step.program)
+exchanged = added_up(collective_bytes, step.programs)
 assert sum(exchanged.values()) < 3 * parameters + pools + 60_000, (exchanged, parameters, pools)
 assert any("fsdp" in leaf.sharding.spec for leaf in named_leaves(step.like.params).values())
 check_same(split, one)

@@ -16,7 +16,6 @@ from cast_jax.contrastive.bank import Bank, Entries
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.contrastive.fused_map import MAPS
 from cast_jax.core.annotations import pack_masks
-from cast_jax.core.checkpoint import TrainState
 from cast_jax.core.errors import UserError
 from cast_jax.core.optim import OptimizerConfig
 from cast_jax.core.profiling import SCOPES, part_of
@@ -290,6 +289,6 @@ def test_micro_batches_share_the_bank_s_new_entries():
     number = jnp.arange(8.0)
     entries = Entries(number[:, None], number[:, None], jnp.array([True, True, True, False] * 2))
     bank = Bank(jnp.zeros((10, 1)), jnp.zeros((10, 1)), jnp.zeros(10, bool), jnp.zeros((), jnp.int32))
-    state = with_bank.post_update(TrainState(0, {}, {}, None, bank), entries)
-    assert state.bank.z[:, 0].tolist() == [0, 2, 4, 6] + [0] * 6
-    assert int(state.bank.next) == 4
+    bank = with_bank.update_bank(bank, entries)
+    assert bank.z[:, 0].tolist() == [0, 2, 4, 6] + [0] * 6
+    assert int(bank.next) == 4
