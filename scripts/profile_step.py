@@ -45,7 +45,7 @@ from cast_jax.trainer import make_step
 
 _STEPS = flags.DEFINE_integer("steps", 10, "Updates to time, after two that are not.", lower_bound=1)
 _TRACE = flags.DEFINE_string("trace", None, "Folder for a trace of three updates, for TensorBoard or Perfetto.")
-_HLO = flags.DEFINE_string("hlo", None, "File for the text of the two compiled programs.")
+_HLO = flags.DEFINE_string("hlo", None, "File for the compiled program's text; on a CPU of two, one after the other.")
 _JSON = flags.DEFINE_string("json", None, "File for all figures.")
 _PEAK = flags.DEFINE_float("peak", None, "What a device can do at most, TFLOP/s, where its name does not tell.")
 _ABSTRACT = flags.DEFINE_bool("abstract", False, "Compile only: nothing is allocated, nothing runs.")

@@ -180,16 +180,13 @@ def report(step: TrainStep, *, peak: float | None = None) -> dict[str, Any]:
     no bound, as traffic is counted by sizes, and loops of unknown length once. (Such are the criterion's, over what
     there is of instances.)
     """
-    device, memory = step.mesh.devices.flat[0], step.programs.gradients.memory_analysis()
+    device, memory = step.mesh.devices.flat[0], step.programs[0].memory_analysis()
     flops = by_part(added_up(lambda traced: matrix_flops(traced.jaxpr.jaxpr), step.traced))
-    moved = by_scope(added_up(traffic, step.programs))
     known_peak, transfer = peaks(device.device_kind)
     peak = peak or known_peak
     again = sum(phases["recomputed"] for phases in flops.values())
-    all_flops, moved = (
-        sum(sum(phases.values()) for phases in flops.values()),
-        by_scope(added_up(traffic, step.programs)),
-    )
+    all_flops = sum(sum(phases.values()) for phases in flops.values())
+    moved = by_scope(added_up(traffic, step.programs))
     return {
         "device": device.device_kind,
         "devices": step.mesh.size,
@@ -206,8 +203,9 @@ def report(step: TrainStep, *, peak: float | None = None) -> dict[str, Any]:
         },
         "memory": {
             "arguments": memory and memory.argument_size_in_bytes,
+            "results": memory and memory.output_size_in_bytes - memory.alias_size_in_bytes,
             "temporaries": memory and memory.temp_size_in_bytes,
-            "total": memory_bytes(step.programs.gradients),
+            "total": memory_bytes(step.programs[0]),
             "limit": memory_limit(),
         },
         "collectives": added_up(collective_bytes, step.programs),
@@ -241,7 +239,7 @@ def as_text(report: Mapping[str, Any]) -> str:
         f"operations  {_giga(report['flops'])} GFLOP and {_giga(report['recomputed_flops'])} computed again (matrix "
         "products and convolutions, all devices; loops of unknown length once)",
         f"memory      {size(memory['total'])} of {size(memory['limit'])} a device: {size(memory['arguments'])} of "
-        f"arguments, {size(memory['temporaries'])} of temporaries",
+        f"arguments, {size(memory['results'])} of results, {size(memory['temporaries'])} of temporaries",
         f"exchanged   {sent or 'nothing'} (a device)",
         "moved       " + _parts(report["traffic"], as_size, "read and written (a device)"),
     ]

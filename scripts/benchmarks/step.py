@@ -50,7 +50,7 @@ def student_step(repeats: int) -> list[dict[str, Any]]:
         seconds, step, compiling = _our_update(spec, size, classes, batch, anchors, repeats)
         row = {"update": name, "jax s": seconds, "images/s": len(parts) * images / seconds, "compiling s": compiling}
         row["TFLOP"] = sum(sum(matrix_flops(traced.jaxpr.jaxpr).values()) for traced in step.traced) / 1e12
-        row["GiB (jax)"] = (memory_bytes(step.programs.gradients) or 0) / 2**30
+        row["GiB (jax)"] = (memory_bytes(step.programs[0]) or 0) / 2**30
         theirs = [torch_step.views(group) for group in batch.values()]
         for kind, version in (("literal", literal), ("blocked", blocked)):
             contrast = Contrast(version, anchors) if anchors else None

@@ -19,6 +19,7 @@ from benchmarks.torch_teacher import DEVICE, Teacher, Update
 
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.core.annotations import pack_masks
+from cast_jax.core.compiled import memory_bytes
 from cast_jax.core.sharding import shard_batch
 from cast_jax.losses.config import CriterionConfig
 from cast_jax.models.dinov2 import IMAGE_MEAN, IMAGE_STD
@@ -122,7 +123,7 @@ def _update(name: str, side: int, theirs: Teacher, repeats: int, kept: bool) -> 
     targets = both(coarse.astype(np.float32)), both(labels.astype(np.int64)), both(boxes)
     update = Update(theirs, Contrast(literal, ANCHORS), _normalised(np.concatenate([images, images])), *targets)
     torchs = lambda: _wait(update())
-    return _row(2, count_parameters(recipe.abstract()), compiling, step.programs.gradients, ours, torchs, repeats)
+    return _row(2, count_parameters(recipe.abstract()), compiling, step.programs[0], ours, torchs, repeats)
 
 
 def _row(
@@ -154,7 +155,7 @@ def _risen(call: Callable[[], None], program: Any) -> float:
     if DEVICE == "cpu":
         return peak_mib(call) / 2**10
     if program is not None:
-        return program.memory_analysis().temp_size_in_bytes / 2**30
+        return ((memory_bytes(program) or 0) - program.memory_analysis().argument_size_in_bytes) / 2**30
     call()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

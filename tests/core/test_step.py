@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -107,16 +108,95 @@ def test_a_recipe_s_third_values_are_joined():
     assert seen == [(12,)]
 
 
-def test_the_memory_of_an_update_is_that_of_its_gradients():
-    """Moments too, which only the optimiser reads."""
-    step = TrainStep(Regression(), optimizer=toy_config(3).optimizer, steps=3, mesh=make_mesh({"data": 1}))
+class Remembering(Noiseless):
+    """With a bank of what was seen last, and a look at it and at the moving average."""
+
+    def loss_fn(self, params, frozen, batch, key):
+        loss, metrics, seen = super().loss_fn(params, frozen, batch, key)
+        seen_before = jnp.sum(frozen["bank"]) + jnp.sum(frozen["ema"]["head"]["kernel"])
+        return loss * (1 + 0.1 * jnp.tanh(seen_before)), metrics, seen
+
+    def init_bank(self):
+        return jnp.zeros(3)
+
+    def update_bank(self, bank, third):
+        return bank + third[:3]
+
+
+def small_step(recipe, **changes) -> TrainStep:
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    return TrainStep(recipe(), optimizer=toy_config(3).optimizer, steps=3, mesh=mesh, **changes)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_an_update_is_the_same_as_one_program_and_as_two(accumulate, monkeypatch):
+    found = []
+    for backend, number in (("cpu", 2), ("gpu", 1)):
+        step = small_step(Remembering, ema_decay=0.9, accumulate=accumulate)
+        state = step.initial_state()
+        with monkeypatch.context() as patched:
+            patched.setattr(target, "backend", lambda backend=backend: backend)
+            patched.setattr("cast_jax.core.step._compiler_options", dict)
+            step.compile("toy", state, {}, rows(12))
+        assert len(step.programs) == len(step.traced) == number
+        for _ in range(3):
+            state, metrics, finite = step(state, {}, rows(12))
+        assert finite
+        assert list(metrics) == sorted(metrics)
+        found.append(jax.device_get((state, metrics)))
+    jax.tree.map(lambda two, one: np.testing.assert_allclose(two, one, rtol=1e-6, atol=1e-8), *found)
+    assert np.abs(found[0][0].bank).min() > 0
+
+
+def test_both_programs_compile_at_the_same_time_and_the_first_tells_the_memory(monkeypatch):
+    together, reported, resting = threading.Barrier(2, timeout=60), [], []
+
+    def compile_(lowered, options=None):
+        if threading.current_thread() is threading.main_thread():
+            resting.append(not gc.isenabled())
+        together.wait()
+        return lowered
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_)
+    monkeypatch.setattr("cast_jax.core.step.memory_bytes", lambda program: reported.append(program))
+    step = small_step(Regression)
+    step.compile("toy", step.like, {}, rows(8))
+    assert reported == [step.programs[0]]
+    assert resting == [False]
+
+
+def test_the_first_program_is_given_the_moments_too():
+    step = small_step(Regression)
     step.compile("toy", step.like, {}, rows(8))
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((step.like, rows(8))))
-    assert memory_bytes(step.programs.gradients) >= held
-    assert memory_bytes(step.programs.optimizer) < memory_bytes(step.programs.gradients)
+    assert step.programs[0].memory_analysis().argument_size_in_bytes >= held
+    assert memory_bytes(step.programs[1]) < memory_bytes(step.programs[0])
 
 
-def test_the_garbage_collector_rests_only_while_tracing():
+def test_a_loss_that_is_not_finite_is_told_where_gradients_are():
+    class Infinite(Noiseless):
+        def loss_fn(self, *arguments):
+            loss, *rest = super().loss_fn(*arguments)
+            return loss + jnp.inf, *rest
+
+    step = small_step(Infinite)
+    state = step.initial_state()
+    step.compile("toy", state, {}, rows(8))
+    _, metrics, finite = step(state, {}, rows(8))
+    assert np.isfinite(metrics["optimizer/gradient_norm"][0])
+    assert not finite
+
+
+def test_a_bank_needs_both_of_its_methods():
+    class Half(Regression):
+        def init_bank(self):
+            return jnp.zeros(3)
+
+    with pytest.raises(TypeError, match="Half must have both init_bank and update_bank, or neither"):
+        small_step(Half)
+
+
+def test_the_garbage_collector_rests_while_tracing():
     seen = []
 
     class Watching(Regression):
@@ -137,7 +217,7 @@ def test_on_a_cpu_xla_does_less_unless_told_otherwise(monkeypatch):
         seen = []
         patched.setattr(jax.stages.Lowered, "compile", lambda self, options=None: seen.append(options))
         patched.setattr("cast_jax.core.step.memory_bytes", lambda program: None)
-        step = TrainStep(Regression(), optimizer=toy_config(3).optimizer, steps=3, mesh=make_mesh({"data": 1}))
+        step = small_step(Regression)
         step.compile("toy", step.like, {}, rows(8))
         assert seen == [less, less]
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_disable_hlo_passes=dce")
