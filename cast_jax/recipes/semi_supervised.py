@@ -23,7 +23,7 @@ from cast_jax.contrastive.loss import contrastive_loss
 from cast_jax.contrastive.peers import Peers
 from cast_jax.core.config import check_choices, check_ranges
 from cast_jax.core.errors import UserError
-from cast_jax.core.geometry import pixel_centres, unpack_masks
+from cast_jax.core.geometry import pixel_centres
 from cast_jax.core.sharding import batch_axes, join_batches, take_batches
 from cast_jax.data.views import VIEW_NAMES
 from cast_jax.losses.config import CriterionConfig
@@ -306,7 +306,7 @@ class SemiSupervised:
             z_strong=z_strong.reshape(z_seen.shape),
             g=g_seen,
             valid=valid,
-            instance_ids=join(lambda group: instance_map(batch[group]["strong"], size)),
+            instance_ids=instance_map(join(lambda group: _instances(batch[group]["strong"])), image_size, size),
         )
         result = total / jnp.maximum(count if anchors is None else anchors, 1.0), metrics
         result[1]["contrastive/loss"] = (total, count)
@@ -328,14 +328,24 @@ def _over_devices(key: PRNGKeyArray, config: ContrastiveConfig, bank: Bank | Non
     return jax.shard_map(of_one, in_specs=(whole, whole, parts), out_specs=whole, check_vma=False)(key, bank, pixels)
 
 
-def instance_map(view: Batch, size: tuple[int, int]) -> Int[Array, "batch pixels"]:
-    """Which instance lies under each centre of an ``h x w`` grid: 0 none, i + 1 the i-th, -1 not known (ignored)."""
-    height, width = view["image"].shape[1:3]
-    centres = pixel_centres(*size) * jnp.array([height / size[0], width / size[1]])
+def _instances(view: Batch) -> Batch:
+    return {name: view[name] for name in ("masks", "instance_valid", "ignore")}
+
+
+def instance_map(view: Batch, image_size: tuple[int, int], size: tuple[int, int]) -> Int[Array, "batch pixels"]:
+    """Which instance lies under each centre of an ``h x w`` grid: 0 none, i + 1 the i-th, -1 not known (ignored).
+
+    Of several the first counts. ``view`` has packed ``masks`` and ``ignore``, and ``instance_valid``.
+    """
+    centres = pixel_centres(*size) * jnp.array([image_size[0] / size[0], image_size[1] / size[1]])
     y, x = jnp.floor(centres).astype(jnp.int32).T
-    masks = unpack_masks(view["masks"], width)[:, :, y, x] & view["instance_valid"][:, :, None]
-    ids = jnp.where(jnp.any(masks, axis=1), jnp.argmax(masks, axis=1) + 1, 0)
-    return jnp.where(unpack_masks(view["ignore"], width)[:, y, x], -1, ids)
+    inside = lambda packed: ((packed[..., y, x // 8] >> (x % 8).astype(jnp.uint8)) & 1).astype(bool)
+    beyond = view["masks"].shape[1] + 1
+    numbers = jnp.arange(1, beyond, dtype=jnp.int32)[:, None]
+    first = jnp.min(
+        jnp.where(inside(view["masks"]) & view["instance_valid"][:, :, None], numbers, beyond), axis=1, initial=beyond
+    )
+    return jnp.where(inside(view["ignore"]), -1, first % beyond)
 
 
 def _pool(

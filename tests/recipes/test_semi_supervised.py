@@ -165,15 +165,14 @@ def test_instance_map_by_hand():
     masks[0, 2] = True  # everywhere, but only padding
     ignore = np.zeros((1, 4, 8), bool)
     view = {
-        "image": np.zeros((1, 4, 8, 3), np.uint8),
         "masks": jnp.asarray(pack_masks(masks)),
         "instance_valid": jnp.array([[True, True, False]]),
         "ignore": jnp.asarray(pack_masks(ignore)),
     }
-    assert instance_map(view, (2, 2)).tolist() == [[1, 0, 1, 2]]
+    assert instance_map(view, (4, 8), (2, 2)).tolist() == [[1, 0, 1, 2]]
     ignore[0, 1, 6] = ignore[0, 3, 2] = True
     view["ignore"] = jnp.asarray(pack_masks(ignore))
-    assert instance_map(view, (2, 2)).tolist() == [[1, -1, -1, 2]]
+    assert instance_map(view, (4, 8), (2, 2)).tolist() == [[1, -1, -1, 2]]
 
 
 @pytest.mark.parametrize(
