@@ -1,8 +1,8 @@
 """One update of a recipe's parameters, compiled ahead of time for one mesh.
 
-On a CPU it is two programs, one after the other: the gradients', and the optimiser's, which needs the norm of all of
-them first. Both compile at the same time, which takes a tenth less. Elsewhere it is one: there that saves no time, and
-gradients that are results of a program share no memory with its temporaries.
+On a CPU it is two programs, one after the other: the gradients', and the optimiser's, which where it clips them needs
+the norm of all first. Both compile at the same time, which takes a tenth less. Elsewhere it is one: on a GPU that saves
+no time, and gradients that are results of a program share no memory with its temporaries.
 """
 
 from __future__ import annotations
