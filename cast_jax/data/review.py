@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from cast_jax.core.annotations import decode_mask
+from cast_jax.core.annotations import Category, decode_mask
 from cast_jax.core.errors import DataError
 from cast_jax.core.files import LOCK, atomic_write, only_writer, read_json, write_json
 from cast_jax.data.pseudo_labels import MANIFEST, PseudoLabels, shard_name, shards, write_statistics
@@ -61,8 +62,8 @@ def export_labels(folder: str | os.PathLike[str], polygons: bool = False) -> dic
 def import_labels(folder: str | os.PathLike[str], reviewed: str | os.PathLike[str]) -> dict[str, Any]:
     """Replaces a store's labels by those of an edited export; its own stay beside it as ``<folder>.before_review``.
 
-    Images are known by their ``file_name``. Every annotation is an instance (tools call run lengths crowds); one
-    without ``score`` and ``mask_quality`` is a person's, and gets 1.
+    Images are known by their ``file_name``, categories by their name: tools number them anew. Every annotation is an
+    instance (tools call run lengths crowds); one without ``score`` and ``mask_quality`` is a person's, and gets 1.
 
     Args:
       folder: the store.
@@ -72,7 +73,8 @@ def import_labels(folder: str | os.PathLike[str], reviewed: str | os.PathLike[st
       The new statistics (``stats.json``).
 
     Raises:
-      DataError: the JSON is no COCO JSON, or has other images, sizes or categories than the store; nothing is changed.
+      DataError: the JSON is no COCO JSON, or has other images or sizes than the store, or categories that it does not
+        know; nothing is changed.
       UserError: a run is at work on these labels.
     """
     folder, reviewed = Path(folder), Path(reviewed)
@@ -85,7 +87,8 @@ def import_labels(folder: str | os.PathLike[str], reviewed: str | os.PathLike[st
 
 def _import_labels(folder: Path, reviewed: Path) -> dict[str, Any]:
     store = PseudoLabels.open(folder)
-    Coco(reviewed, images=folder, categories=store.categories)  # finds everything that is wrong with a JSON
+    source = Coco(reviewed, images=folder)  # finds everything that is wrong with a JSON
+    category_ids = _category_ids(reviewed, source.categories, store.categories)
     content = read_annotations(reviewed)
     names = {image["id"]: image["file_name"] for image in content["images"]}
     lines = {line["file_name"]: line for line in store.lines()}
@@ -103,7 +106,7 @@ def _import_labels(folder: Path, reviewed: Path) -> dict[str, Any]:
         name = names[entry["image_id"]]
         instances[name].append(
             {
-                "category_id": entry["category_id"],
+                "category_id": category_ids[entry["category_id"]],
                 "segmentation": encode_segmentation(entry["segmentation"], *_size(lines[name])),
                 **{key: _share(entry, key, f"{reviewed}: annotations[{number}]") for key in ("score", "mask_quality")},
             }
@@ -123,6 +126,17 @@ def _import_labels(folder: Path, reviewed: Path) -> dict[str, Any]:
     folder.rename(_beside(folder, "replaced"))
     finish_import(folder)
     return statistics
+
+
+def _category_ids(reviewed: Path, found: Sequence[Category], known: Sequence[Category]) -> dict[int, int]:
+    """The store's ids of the JSON's categories, by name."""
+    ids = {category.name: category.id for category in known}
+    if unknown := [category.name for category in found if category.name not in ids]:
+        raise DataError(
+            f"{reviewed}: has unknown categories: {name_some(unknown, 20)}; they must keep the run's names "
+            f"(the ids need not stay): {name_some(list(ids), 20)}"
+        )
+    return {category.id: ids[category.name] for category in found}
 
 
 def finish_import(folder: Path) -> None:

@@ -40,7 +40,7 @@ def loop(repeats: int) -> list[dict[str, Any]]:
     The bare compiled update on one batch; the loop of a run (its log, metrics, progress) on that batch; the same with
     the run's loader. They take turns of three lines of the metrics, of which the first does not count. Both the time
     that passes and the processor's, which other work on the machine does not change. Last the loop alone, with an
-    update that returns at once, and the call of the update.
+    update that returns at once, and the call of the update (of its own thread's processor).
     """
     with tempfile.TemporaryDirectory() as folder:
         pipeline, recipe, config = _demo(Path(folder))
@@ -172,14 +172,16 @@ def _at_once(step: TrainStep, state: Any, batch: Any) -> Iterator[None]:
 
 
 def _calls(step: TrainStep, state: Any, batch: Any) -> list[tuple[float, float]]:
-    """Seconds until the call of an idle device's update returns, which is before it has ended."""
+    """Seconds until the call of an update returns, by the clock and of its thread's processor.
+
+    None is waited for: a thread that comes back from waiting competes with the update that it has just started.
+    """
     found = []
     for _ in range(UPDATES):
-        begin = _clocks()
+        begin = time.perf_counter(), time.thread_time()
         state, _, finite = step(state, {}, batch)
-        end = _clocks()
-        found.append((end[0] - begin[0], end[1] - begin[1]))
-        jax.block_until_ready(finite)
+        found.append((time.perf_counter() - begin[0], time.thread_time() - begin[1]))
+    jax.block_until_ready((state, finite))
     return found
 
 

@@ -178,6 +178,23 @@ def test_corrections_come_back(store, tmp_path):
     assert kept["score"] == pytest.approx(0.9)
 
 
+def test_categories_are_known_by_name(store, tmp_path):
+    """Tools number them from 0 or 1, in their own order, and may leave out one without instances."""
+    before, content = lines(store), export_labels(store)
+    content["categories"] = [{"id": 0, "name": "bicycle"}, {"id": 24, "name": "person"}]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = {33: 0, 24: 24}[annotation["category_id"]]
+    write_json(tmp_path / "labels.json", content)
+    import_labels(store, tmp_path / "labels.json")
+    assert lines(store) == before
+    content["categories"] = [{"id": 33, "name": "person"}]
+    content["annotations"] = [{**content["annotations"][0], "category_id": 33}]
+    write_json(tmp_path / "labels.json", content)
+    import_labels(store, tmp_path / "labels.json")
+    assert [[found["category_id"] for found in line["instances"]] for line in lines(store)] == [[24], [], []]
+    assert PseudoLabels.open(store).categories == CATEGORIES
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -189,7 +206,7 @@ def test_corrections_come_back(store, tmp_path):
         (lambda c: c["annotations"][0].update(mask_quality="good"), r"annotations\[0\]\.mask_quality is 'good'"),
         (lambda c: c["annotations"][0].update(category_id=5), "category_id 5"),
         (lambda c: c["annotations"][0].update(segmentation=[]), "segmentation is missing or empty"),
-        (lambda c: c["categories"][0].update(name="pedestrian"), "24 is 'pedestrian', not 'person'"),
+        (lambda c: c["categories"][0].update(name="pedestrian"), "unknown categories: pedestrian; .* person, bicycle"),
         (lambda c: c.pop("images"), "needs a list of objects under the key 'images'"),
     ],
 )

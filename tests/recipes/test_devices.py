@@ -117,20 +117,21 @@ from cast_jax.models.student import ProjectionHead
 from cast_jax.recipes.semi_supervised import SemiSupervised
 
 sharding.SMALL = 1
-own = slice(8) if alone else slice(4 * jax.process_index(), 4 * jax.process_index() + 4)
-batches = [{"labelled": group(8, seed), "unlabelled": group(8, 100 + seed)} for seed in range(3)]
+own = slice(16) if alone else slice(8 * jax.process_index(), 8 * jax.process_index() + 8)
+batches = [{"labelled": group(16, seed), "unlabelled": group(16, 100 + seed)} for seed in range(3)]
 batches = [jax.tree.map(lambda leaf: leaf[own], batch) for batch in batches]
 parts = Functional(Linear), Functional(lambda rngs: ProjectionHead(3, 8, rngs=rngs))
 found = {}
-for name, mesh, scope in (
-    ("data", {"data": 8}, "bank"),
-    ("fsdp", {"data": 1, "fsdp": 8}, "batch"),
+for name, mesh, accumulate, options in (
+    ("data", {"data": 8}, 1, {"scope": "bank", "bank_size": 64, "bank_new": 16}),
+    ("fsdp", {"data": 1, "fsdp": 8}, 1, {"scope": "batch"}),
+    ("both", {"data": 2, "fsdp": 4}, 2, {"scope": "image", "symmetric": True, "loss": "hinge"}),
 ):
-    contrastive = dataclasses.replace(ALL.contrastive, scope=scope, bank_size=64, bank_new=16)
+    contrastive = dataclasses.replace(ALL.contrastive, **options)
     recipe = SemiSupervised(*parts, dataclasses.replace(ALL, contrastive=contrastive), NAMES, SIZE)
     mesh = sharding.make_mesh({"data": 1} if alone else mesh)
     optimizer = OptimizerConfig(learning_rate=1e-3)
-    step = TrainStep(recipe, optimizer=optimizer, steps=20, mesh=mesh, ema_decay=0.9)
+    step = TrainStep(recipe, optimizer=optimizer, steps=20, mesh=mesh, ema_decay=0.9, accumulate=accumulate)
     if not alone:
         split = any("fsdp" in leaf.sharding.spec for leaf in named_leaves(step.like.ema).values())
         assert split == (mesh.shape["fsdp"] > 1), step.like
