@@ -27,8 +27,9 @@ from cast_jax.core.config import build, to_json
 from cast_jax.core.files import atomic_write, only_writer, remove_temporaries, write_json
 from cast_jax.core.logging import environment
 from cast_jax.core.sharding import make_mesh, param_shardings, place, shard_batch
-from cast_jax.data.checks import SeenImages, check_sources
+from cast_jax.data.checks import check_sources
 from cast_jax.data.datasets import Datasets, open_datasets
+from cast_jax.data.findings import SeenImages
 from cast_jax.data.pipeline import make_loader
 from cast_jax.data.prefetch import Prefetcher
 from cast_jax.data.pseudo_labels import MANIFEST, PseudoLabels, confident

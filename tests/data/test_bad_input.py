@@ -16,7 +16,8 @@ from PIL import Image
 
 from cast_jax.core.annotations import Instances
 from cast_jax.core.errors import DataError
-from cast_jax.data.checks import SeenImages, check_source, check_sources
+from cast_jax.data.checks import check_source, check_sources
+from cast_jax.data.findings import SeenImages
 from cast_jax.data.inspection import inspect
 from cast_jax.data.sources.base import (
     ImageHeader,
@@ -151,7 +152,7 @@ def test_unusable_images_are_found_before_a_run(name, tmp_path):
         check_source("unlabelled", source, None)
     report = check_source("unlabelled", source, None, "skip")
     assert [report.source.record(i).file_name for i in range(len(report.source))] == ["sound.png"]
-    assert [problem in fault for fault in report.unreadable] == [True]
+    assert [problem in found.fault for found in report.findings if found.fault] == [True]
     inspected = inspect({"unlabelled": source}, 10)  # finds what a run would
     assert inspected["sets"]["unlabelled"]["unreadable"] == 1
     (error,) = inspected["errors"]
@@ -221,8 +222,8 @@ def test_links_that_leave_their_folder_are_named(tmp_path):
     report = inspect({"unlabelled": source}, 10)
     assert report["errors"] == []
     assert report["warnings"] == [
-        "unlabelled: 1 images are links that leave their folder: sub/link.png",
         "unlabelled: 2 images show the same pixels as another: own.png = sub/inner.png",
+        "unlabelled: 1 images are links that leave their folder: sub/link.png",
     ]
     # A folder that is a link itself is where its images are.
     (tmp_path / "linked").symlink_to(folder)
@@ -302,10 +303,11 @@ def test_an_inspection_counts_and_compares(tmp_path):
     for text, pattern in zip(report["errors"], texts, strict=True):
         assert re.search(pattern, text)
     assert report["warnings"] == [
-        "labelled: 1 images have more than 2 instances, which cuts 1",
+        "labelled: 1 images have more than 2 instances, which cuts 1; raise data.max_instances to keep them",
         "labelled: 1 annotations have a bbox outside their image, which is not used: 3",
         "labelled: 2 annotations are exact copies of another in their image: 1, 2",
         "labelled: 1 classes have no instance: ring",
         "val: 1 classes have no instance: ring",
-        "labelled and unlabelled share 1 images: 1.png",
+        "labelled and unlabelled share 1 images (1.png): their pseudo-labels compete with their labels; take them out of "
+        "unlabelled",
     ]

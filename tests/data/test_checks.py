@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from cast_jax.core.errors import DataError
-from cast_jax.data.checks import SeenImages, check_source, check_sources
+from cast_jax.data.checks import check_source, check_sources
+from cast_jax.data.findings import SeenImages
 from cast_jax.data.inspection import inspect
 from cast_jax.data.sources.coco import Coco
 from cast_jax.data.sources.folder import ImageFolder
@@ -60,16 +61,19 @@ def _cut(source, *indices):
         path.write_bytes(path.read_bytes()[:-1000])
 
 
+def _counts(report):
+    """Instances of each image."""
+    return [len(found.labels) for found in report.findings]
+
+
 def test_a_sound_dataset_is_counted_and_returned_as_it_is(tmp_path, caplog):
     labelled, val = _coco(tmp_path, "labelled", [3, 0, 5, 1]), _coco(tmp_path, "val", [2])
     unlabelled = _folder(tmp_path / "pool", 3)
     with caplog.at_level(logging.INFO):
         report = check_sources(labelled, unlabelled, val, max_instances=5)
     assert report.labelled.source is labelled
-    assert report.labelled.images == 4
-    assert (report.labelled.instances, report.labelled.empty, report.labelled.over_cap) == (9, 1, 0)
-    assert report.val.instances == 2
-    assert (report.unlabelled.images, report.unlabelled.instances, report.unlabelled.empty) == (3, 0, 0)
+    counts = {name: _counts(getattr(report, name)) for name in ("labelled", "unlabelled", "val")}
+    assert counts == {"labelled": [3, 0, 5, 1], "unlabelled": [0, 0, 0], "val": [2]}
     assert report.warnings == ()
     assert "labelled: 4 images, 9 instances, 1 images without any" in caplog.text
 
@@ -89,7 +93,6 @@ def test_instances_over_the_cap_are_a_warning(tmp_path, caplog):
     report = check_sources(
         _coco(tmp_path, "labelled", [3, 0, 5, 2]), None, _coco(tmp_path, "val", [4]), max_instances=2
     )
-    assert (report.labelled.over_cap, report.labelled.cut) == (2, 4)
     assert "2 images have more than 2 instances, which cuts 4" in report.warnings[0]
     assert report.warnings[0] in caplog.text
     assert len(report.warnings) == 1, "val is compared with every instance: nothing is cut there"
@@ -119,10 +122,9 @@ def test_unreadable_images_are_left_out_and_counted_when_asked(tmp_path):
     _cut(labelled, 1)
     labelled.record(2).path.unlink()
     report = check_sources(labelled, None, None, max_instances=9, on_unreadable="skip")
-    assert report.labelled.usable.tolist() == [0, 3]
+    assert [bool(found.fault) for found in report.labelled.findings] == [False, True, True, False]
     assert [report.labelled.source.record(i).image_id for i in range(2)] == [0, 3]
-    assert report.labelled.instances == 5
-    assert len(report.labelled.unreadable) == 2
+    assert _counts(report.labelled) == [1, 0, 0, 4]
     assert "2 of 4 images are unreadable and left out" in report.warnings[0]
     assert "1.png" in report.warnings[0]
 
@@ -150,8 +152,8 @@ def test_sound_images_are_decoded_once(tmp_path, monkeypatch):
     _cut(pool, 2)
     report = check_source("unlabelled", pool, 5, "skip", SeenImages(tmp_path / "seen"))
     assert sorted(decoded) == [1, 2]
-    assert report.usable.tolist() == [0, 1, 3]
-    assert report.digests == check_source("unlabelled", pool, 5, "skip").digests
+    assert [bool(found.fault) for found in report.findings] == [False, False, True, False]
+    assert report.findings == check_source("unlabelled", pool, 5, "skip").findings
     decoded.clear()
     kept = (tmp_path / "seen").read_bytes()
     (tmp_path / "seen").write_bytes(bytes([kept[0] | 128]) + kept[1:])  # a damaged note costs another look
@@ -232,7 +234,7 @@ def test_what_repeats_or_is_not_applied_is_a_warning(tmp_path):
     source = Coco(tmp_path / "labelled.json")
     assert source.copies == ("copy",)
     expected = {
-        "labelled: 4 images show the same pixels as another: 0.png, 1.png, 2.png, 2.png",
+        "labelled: 4 images show the same pixels as another: 0.png = 1.png, 2.png = 2.png",
         "labelled: 1 images have an EXIF orientation, which is not applied: 1.png",
         "labelled: 1 annotations are exact copies of another in their image: copy",
     }
@@ -251,7 +253,7 @@ def test_what_is_left_out_is_a_warning(tmp_path, caplog):
     (tmp_path / "pool" / "phone.heic").write_bytes(b"")
     labelled, pool = Coco(tmp_path / "labelled.json"), ImageFolder(tmp_path / "pool")
     report = check_sources(labelled, Subset(pool, [1]), None, max_instances=9)
-    assert report.labelled.instances == 2
+    assert sum(_counts(report.labelled)) == 2
     rest = "(polygons are in pixels, not in shares of the image's sides)"
     assert report.warnings == (
         f"labelled: 2 annotations cover no pixel and are left out {rest}: 0 of 0.png, tiny of 2.png",

@@ -38,7 +38,7 @@ class ImageFolder:
 
     Raises:
       DataError: nothing is there, or the list leaves its folder or repeats an image. Whether a list's images are there
-        is not looked at here, but with those of all sources (:func:`cast_jax.data.checks.check_source`).
+        is not looked at here, but with those of all sources (:func:`cast_jax.data.findings.look_at`).
     """
 
     def __init__(self, images: str | os.PathLike[str], root: str | os.PathLike[str] | None = None):
