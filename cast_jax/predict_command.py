@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 from cast_jax.core.annotations import Category
 from cast_jax.core.config import check_ranges
 from cast_jax.core.errors import UserError
-from cast_jax.core.files import only_writer, remove_temporaries, write_json
+from cast_jax.core.files import make_folder, only_writer, remove_temporaries, write_json
 from cast_jax.core.logging import setup_logging
 from cast_jax.core.runtime import compute_dtype, setup
 from cast_jax.core.sharding import make_mesh, param_shardings, place
@@ -69,7 +68,7 @@ def predict(
         images or thresholds.
     """
     _check_export(weights)
-    _check_output(output)
+    _make_output(output)
     predictor, params, categories = _load(weights, batch_size, min_score)
     with only_writer(output):
         remove_temporaries(output)
@@ -133,14 +132,9 @@ def _check_export(weights: Path) -> None:
         )
 
 
-def _check_output(output: Path) -> None:
-    """Makes the folder; raises :class:`UserError` if it cannot be written to."""
-    try:
-        finish_import(output)
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
-    except OSError as error:
-        raise UserError(f"OUTPUT {output} cannot be written to ({error.strerror}); name another folder") from error
+def _make_output(output: Path) -> None:
+    finish_import(output)
+    make_folder(output, "OUTPUT")
 
 
 class _OneImage(ImageFolder):
@@ -186,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setup()
         setup_logging()
         _check_export(options.weights)  # before all images are read
-        _check_output(options.output)
+        _make_output(options.output)
         on_unreadable = "skip" if options.skip_unreadable else "error"
         report = check_source("images", _open_images(options.images), None, on_unreadable)
         found = predict(

@@ -10,7 +10,7 @@ from typing import Any
 from cast_jax.core import distributed
 from cast_jax.core.config import differences, to_json
 from cast_jax.core.errors import UserError
-from cast_jax.core.files import TEMPORARY, read_json
+from cast_jax.core.files import TEMPORARY, make_folder, read_json
 
 HOW_BATCHES_COME = ("num_threads", "num_workers", "prefetch")  # the same ones for any of these
 
@@ -21,14 +21,11 @@ def make_workdir(workdir: Path) -> None:
     Raises:
       UserError: it cannot be made, or not be written to; or it is not one folder that all processes share.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=workdir, prefix=".shared-", suffix=TEMPORARY) as probe:
-            seen = (workdir / distributed.agreed(Path(probe.name).name)).exists()
-            everywhere = all(distributed.gather(seen))
-        distributed.barrier()  # the first process goes on to clear what looks like these files
-    except OSError as error:
-        raise UserError(f"--workdir {workdir} cannot be written to ({error.strerror}); name another folder") from error
+    make_folder(workdir, "--workdir")
+    with tempfile.NamedTemporaryFile(dir=workdir, prefix=".shared-", suffix=TEMPORARY) as probe:
+        seen = (workdir / distributed.agreed(Path(probe.name).name)).exists()
+        everywhere = all(distributed.gather(seen))
+    distributed.barrier()  # the first process goes on to clear what looks like these files
     if not everywhere:
         raise UserError(f"--workdir {workdir} must be one folder that all processes of the run share")
 

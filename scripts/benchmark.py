@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import platform
 import sys
 import time
@@ -27,6 +26,9 @@ from typing import Any
 
 import jax
 from benchmarks import timing
+
+from cast_jax.core.errors import UserError
+from cast_jax.core.files import make_folder, write_json
 
 BENCHMARKS = {  # module and function
     "contrastive": ("contrastive", "contrastive"),
@@ -52,6 +54,11 @@ def main() -> None:
     parser.add_argument("--processor-time", action="store_true", help="where others share the one core of this process")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args()
+    try:
+        if options.json:
+            make_folder(options.json.parent, "the folder of --json,")
+    except UserError as error:
+        parser.error(str(error))
     if options.processor_time:
         timing.clock = time.process_time
     module, function = BENCHMARKS[options.benchmark]  # each needs other packages
@@ -60,7 +67,7 @@ def main() -> None:
     print(f"{time.strftime('%Y-%m-%d')}, jax {jax.__version__}, {jax.devices()[0].device_kind}, {platform.machine()}\n")
     print_table(rows)
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(options.json, rows)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from cast_jax.check_data import check_data
 from cast_jax.core.errors import DataError, UserError
+from cast_jax.core.files import make_folder
 from cast_jax.data.datasets import open_datasets
 from cast_jax.data.sources.ade20k import Ade20k
 from cast_jax.data.sources.base import Source
@@ -56,6 +57,7 @@ def main() -> None:
             labelled=labelled if options["kind"] == "coco" else int(labelled or 0),
             on_unreadable="skip",
         )
+        make_folder(folder, "--output")
         check_data(_open(data, folder), data.max_instances, folder)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

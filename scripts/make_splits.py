@@ -25,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cast_jax.core.errors import UserError
-from cast_jax.core.files import write_new_json
+from cast_jax.core.files import make_folder, write_new_json
 from cast_jax.data.sources.ade20k import CATEGORIES, Ade20k
 from cast_jax.data.sources.base import Source
 from cast_jax.data.sources.cityscapes import SUFFIXES, Cityscapes
@@ -64,6 +64,7 @@ def main() -> None:
     try:
         if min(options.seeds) < 0 or not all(0 < percent < 100 for percent in options.percent or ()):
             raise UserError("--seeds must not be negative, and --percent must lie between 0 and 100")
+        make_folder(options.output, "--output")
         if options.val_percent is not None:
             _hold_out(options)
             return

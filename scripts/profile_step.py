@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import logging
 import statistics
 import sys
@@ -29,6 +28,7 @@ from absl import app, flags
 from cast_jax.core import profiling, target
 from cast_jax.core.annotations import Category
 from cast_jax.core.errors import UserError
+from cast_jax.core.files import atomic_write, make_folder, write_json
 from cast_jax.core.logging import setup_logging
 from cast_jax.core.progress import clock
 from cast_jax.core.runtime import setup
@@ -85,6 +85,11 @@ def machine() -> contextlib.AbstractContextManager[None]:
 def profile(config: dict[str, Any], workdir: Path, trace: Path) -> None:
     """Compiles ``config.step``'s update, runs it and prints what it costs."""
     abstract = bool(_ABSTRACT.value or _GPU.value or _TPU.value)
+    for flag, file in (("--hlo", _HLO.value), ("--json", _JSON.value)):
+        if file:
+            make_folder(Path(file).parent, f"the folder of {flag},")
+    if not abstract:
+        make_folder(trace, "--trace")
     pipeline = Pipeline(config, workdir)
     run, name = pipeline.config, pipeline.config.step
     check_settings(run, pipeline.mesh)
@@ -100,7 +105,7 @@ def profile(config: dict[str, Any], workdir: Path, trace: Path) -> None:
         batch, state = shard_batch(batch, step.mesh), step.initial_state()
     step.compile(name, state, {}, batch)
     if _HLO.value:
-        Path(_HLO.value).write_text("\n".join(program.as_text() for program in step.programs))
+        atomic_write(_HLO.value, "\n".join(program.as_text() for program in step.programs))
     found = profiling.report(step, peak=_PEAK.value and 1e12 * _PEAK.value)
     if not abstract:
         state, seconds = timed(step, state, batch)
@@ -117,7 +122,7 @@ def profile(config: dict[str, Any], workdir: Path, trace: Path) -> None:
         updates = run.steps[name].train.steps
         print(f"\n{found['images_per_second']:.3g} images/s; {updates:,} updates take {clock(updates * seconds)}")
     if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(found, indent=2) + "\n")
+        write_json(_JSON.value, found)
 
 
 def first_batch(pipeline: Pipeline, name: str) -> tuple[Any, tuple[Category, ...]]:

@@ -77,6 +77,12 @@ def test_the_script(run, monkeypatch, capfd):
     monkeypatch.setattr("sys.argv", [*map(str, ["check_data.py", "coco", *arguments[:2], "--output", workdir / "one"])])
     script.main()
     assert list(json.loads((workdir / "one" / "report.json").read_text())["sets"]) == ["labelled"]
+    (workdir / "file").touch()
+    monkeypatch.setattr(
+        "sys.argv", [*map(str, ["check_data.py", "coco", *arguments, "x", "--output", workdir / "file"])]
+    )
+    with pytest.raises(SystemExit, match=r"--output .*file cannot be written to"):
+        script.main()
     monkeypatch.setattr("sys.argv", ["check_data.py", "coco"])
     with pytest.raises(SystemExit, match="nothing to check; give --labelled"):
         script.main()

@@ -259,6 +259,9 @@ def test_faults_are_one_message(coco, tmp_path):
         done = call(*arguments, "--output", tmp_path / "out")
         assert (done.returncode, done.stderr.count("\n"), done.stdout) == (1, 1, "")
         assert message in done.stderr
+    (tmp_path / "file").touch()
+    done = call("coco", coco, "--percent", 50, "--output", tmp_path / "file")
+    assert (done.returncode, "--output" in done.stderr, "cannot be written to" in done.stderr) == (1, True, True)
 
 
 def test_another_data_set_s_split_is_left_alone(coco, tmp_path):

@@ -72,6 +72,17 @@ def test_abstract_says_what_running_would_without_running(script, config, tmp_pa
     assert not (tmp_path / "trace").exists()
 
 
+@pytest.mark.parametrize("flag", ["hlo", "json", "trace"])
+def test_where_nothing_can_be_written_is_said_before_compiling(script, config, tmp_path, flag):
+    (tmp_path / "file").touch()
+    flags.FLAGS(["profile_step", "--json=", "--hlo=", "--noabstract"])
+    place = tmp_path / "file" / "x"
+    if flag != "trace":
+        flags.FLAGS(["profile_step", f"--{flag}={place}"])
+    with pytest.raises(UserError, match=rf"--{flag}.* {tmp_path}/file\S* cannot be written to \(.+\); name another"):
+        script.profile(config | {"step": ""}, tmp_path, place if flag == "trace" else tmp_path / "trace")
+
+
 def test_a_step_is_compiled_for_one_kind_of_absent_devices(script, monkeypatch):
     flags.FLAGS(["profile_step"])
     for kind, flag in (("gpus", {"gpu": "l4"}), ("tpu_slice", {"tpu": "v5e:2x2"})):

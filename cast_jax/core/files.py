@@ -59,6 +59,23 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
 
 
+def make_folder(folder: Path, called: str) -> None:
+    """Makes a folder, before the long work whose results go there.
+
+    Args:
+      folder: with all above it; may be there.
+      called: what the user calls it, an argument or a field.
+
+    Raises:
+      UserError: it cannot be made, or not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{called} {folder} cannot be written to ({error.strerror}); name another folder") from error
+
+
 def remove_temporaries(folder: Path) -> None:
     """Removes what writers that were killed have left below ``folder``; none may be at work there."""
     for path in folder.rglob(f".*{TEMPORARY}"):

@@ -308,6 +308,6 @@ def test_an_inspection_counts_and_compares(tmp_path):
         "labelled: 2 annotations are exact copies of another in their image: 1, 2",
         "labelled: 1 classes have no instance: ring",
         "val: 1 classes have no instance: ring",
-        "labelled and unlabelled share 1 images (1.png): their pseudo-labels compete with their labels; take them out of "
-        "unlabelled",
+        "labelled and unlabelled share 1 images (1.png): their pseudo-labels compete with their labels; take them out "
+        "of unlabelled",
     ]
