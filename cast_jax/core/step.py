@@ -200,8 +200,16 @@ class TrainStep:
         own = {name: value for name, value in (("ema", state.ema), ("bank", state.bank)) if value is not None}
         gradients_of = self._gradients if self.accumulate == 1 else self._accumulated_gradients
         loss, metrics, aux, gradients = gradients_of(state.params, frozen | own, batch, key)
-        bank = None if state.bank is None else self.recipe.update_bank(state.bank, aux)  # type: ignore[attr-defined]
+        bank = None if state.bank is None else self._updated_bank(state.bank, aux)
         return gradients, bank, loss.astype(jnp.float32), metric.as_pairs({"loss/total": (loss, 1.0), **metrics})
+
+    def _updated_bank(self, bank: Any, third: Any) -> Any:
+        new = self.recipe.update_bank(bank, third)  # type: ignore[attr-defined]
+        describe = lambda leaf: f"{leaf.dtype}{list(leaf.shape)}"
+        before, after = (jax.tree.map(describe, tree) for tree in (bank, new))
+        if before != after:
+            raise TypeError(f"{type(self.recipe).__name__}.update_bank was given {before}, but returned {after}")
+        return new
 
     def _optimize(self, state: TrainState, gradients: dict[str, Array], loss: Array) -> tuple[TrainState, Any, Array]:
         with jax.named_scope("optimizer"):

@@ -196,6 +196,16 @@ def test_a_bank_needs_both_of_its_methods():
         small_step(Half)
 
 
+def test_a_bank_keeps_its_shape():
+    class Growing(Remembering):
+        def update_bank(self, bank, third):
+            return jnp.concatenate([bank, third])
+
+    step = small_step(Growing, ema_decay=0.9)
+    with pytest.raises(TypeError, match=r"Growing\.update_bank was given float32\[3\], but returned float32\[11\]"):
+        step.compile("toy", step.like, {}, rows(8))
+
+
 def test_the_garbage_collector_rests_while_tracing():
     seen = []
 
