@@ -236,7 +236,9 @@ class RunConfig:
         """A step's recipe."""
         step = self.steps[name]
         features = segmenter_config(self.model[step.model]).feature_dim
-        projection = Functional(lambda rngs: ProjectionHead(features, self.embedding_dim, rngs=rngs))
+        projection = Functional(
+            lambda rngs: ProjectionHead(features, self.embedding_dim, dtype=compute_dtype(), rngs=rngs)
+        )
         segmenter = self.segmenter(step.model, categories)
         names, size = class_names(categories), self.data.image_size
         return SemiSupervised(segmenter, projection, step.objective, names, size, self.online_labels(name))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from cast_jax.core import target
 from cast_jax.core.annotations import Category
 from cast_jax.core.config import build, to_json
 from cast_jax.core.errors import UserError
@@ -149,6 +150,19 @@ def test_the_full_size_loss(file):
         names = seen[traced]
         assert "loss/supervised_mask" in names
         assert ("contrastive/loss" in names) == ("loss/pseudo_label" in names) == (name in ("adapt", "distill"))
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")])
+def test_pixels_are_embedded_in_the_backend_s_dtype(backend, dtype, monkeypatch):
+    """From and to float32, with parameters of float32; at full size it is a tenth of a TFLOP."""
+    monkeypatch.setattr(target, "backend", lambda: backend)
+    recipe = run_config("demo", "distill,smoke").recipe("distill", CATEGORIES)
+    params = recipe.abstract()["projection"]
+    features = jax.ShapeDtypeStruct((1, 4, 4, params["hidden"]["kernel"].shape[0]), jnp.float32)
+    jaxpr = jax.make_jaxpr(recipe.projection.apply)(params, features)
+    products = [equation for equation in jaxpr.eqns if equation.primitive.name == "dot_general"]
+    assert [str(factor.aval.dtype) for product in products for factor in product.invars] == [dtype] * 4
+    assert {str(leaf.dtype) for leaf in (*jaxpr.out_avals, *jax.tree.leaves(params))} == {"float32"}
 
 
 def trace(recipe: SemiSupervised, params: Any, batch: Any) -> list[str]:

@@ -29,17 +29,14 @@ Terms = tuple[Float[Array, "*masks"], Float[Array, "*masks"]]
 
 
 class MaskTargets(NamedTuple):
-    """What masks are compared with: at points, or whole at the logits' resolution."""
+    """What masks are compared with: at points of the input's resolution, or whole, at the logits', shares of pixels."""
 
-    masks: Bool[Array, "*images instances height width"]
-    ignore: Bool[Array, "*images height width"]
-    soft_masks: Float[Array, "*images instances h w"]
-    soft_ignore: Float[Array, "*images h w"]
+    masks: Bool[Array, "*images instances height width"] | Float[Array, "*images instances h w"]
+    ignore: Bool[Array, "*images height width"] | Float[Array, "*images h w"]
 
     def block(self, image: Array, start: Array, size: int) -> MaskTargets:
         """Some instances of one image."""
-        some = lambda array: jax.lax.dynamic_slice_in_dim(array[image], start, size)
-        return MaskTargets(some(self.masks), self.ignore[image], some(self.soft_masks), self.soft_ignore[image])
+        return MaskTargets(jax.lax.dynamic_slice_in_dim(self.masks[image], start, size), self.ignore[image])
 
 
 def number_of_blocks(slots: int) -> int:
@@ -77,7 +74,7 @@ def matched_mask_terms(
     """
     slots, number = valid.shape[1], keys.shape[2]
     pad = lambda array, axis: jnp.pad(array, [(0, -slots % number if a == axis else 0) for a in range(array.ndim)])
-    targets = targets._replace(masks=pad(targets.masks, 1), soft_masks=pad(targets.soft_masks, 1))
+    targets = targets._replace(masks=pad(targets.masks, 1))
     operands = (keys, pad(embeddings, 2), features, pad(valid, 1), targets)
     of_device = functools.partial(_matched, config)
     axes = batch_axes()
@@ -181,7 +178,7 @@ def _points(key: PRNGKeyArray, logits: Array, config: CriterionConfig) -> UInt32
 def _terms_at(points: Array, logits: Array, targets: MaskTargets) -> Terms:
     if not points.size:
         flat = lambda maps: maps.reshape(len(maps), -1)
-        return _bce_and_dice(flat(logits), flat(targets.soft_masks), 1.0 - flat(targets.soft_ignore[None]))
+        return _bce_and_dice(flat(logits), flat(targets.masks), 1.0 - flat(targets.ignore[None]))
     ignored = read_at(points.reshape(1, -1), targets.ignore[None]).reshape(points.shape)
     return _bce_and_dice(read_at(points, logits), read_at(points, targets.masks), 1.0 - ignored)
 

@@ -19,7 +19,7 @@ from cast_jax.losses.config import CriterionConfig
 from cast_jax.losses.mask_terms import MaskTargets, mask_terms, matched_mask_terms, number_of_blocks
 from cast_jax.losses.matching import match_all
 from cast_jax.losses.points import positions, read_at, uniform_points
-from cast_jax.losses.targets import Targets, target_maps
+from cast_jax.losses.targets import Targets, shrink
 
 Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 
@@ -66,15 +66,19 @@ def set_terms(
       keys: see :func:`point_keys`.
       layers, targets, config: see :func:`set_criterion`.
     """
-    maps = target_maps(targets, (layers.features.shape[1], layers.features.shape[2]))
+    size, whole = (layers.features.shape[1], layers.features.shape[2]), config.num_points is None
+    soft_ignore = shrink(targets.ignore, size)
+    compared = MaskTargets(
+        shrink(targets.masks, size) if whole else targets.masks, soft_ignore if whole else targets.ignore
+    )
     with jax.named_scope("matching"):
         costs_of = functools.partial(_matching_costs, config=config)
-        costs, free = over_images(costs_of, keys[:, 0], jax.lax.stop_gradient(layers), targets, maps)
+        found = jax.lax.stop_gradient(layers)
+        costs, free = over_images(costs_of, keys[:, 0], found, targets.labels, compared, soft_ignore)
         matches = match_all(jnp.swapaxes(costs, 0, 1), targets.valid)
         queries, matched = (jnp.swapaxes(found, 0, 1) for found in matches)
     chosen = jnp.take_along_axis(layers.embeddings, queries[..., None], axis=2)
     keys = keys[:, 1:].reshape(*chosen.shape[:2], -1)
-    compared = MaskTargets(targets.masks, targets.ignore, *maps)
     bce, dice = matched_mask_terms(keys, chosen, layers.features, targets.valid, compared, config)
     weight = jnp.where(matched, targets.mask_weights[:, None], 0.0)
     count = jnp.sum(matched, axis=-1).astype(jnp.float32)
@@ -135,9 +139,9 @@ def prompted_mask_loss(
     """
     mask_logits = mask_logits.astype(jnp.float32)
     height, width = mask_logits.shape[-2:]
-    maps = target_maps(targets, (height, width))
+    maps = shrink(targets.masks, (height, width)), shrink(targets.ignore, (height, width))
     terms_of = functools.partial(mask_terms, config=config)
-    compared = MaskTargets(targets.masks, targets.ignore, *maps)
+    compared = MaskTargets(*(maps if config.num_points is None else (targets.masks, targets.ignore)))
     bce, dice = over_images(terms_of, jax.random.split(key, len(mask_logits)), mask_logits, compared)
     terms = {"mask": bce, "dice": dice, "iou": jnp.abs(iou - _true_iou(mask_logits, *maps))}
     found = jnp.sum(targets.valid).astype(jnp.float32)
@@ -194,32 +198,36 @@ def _class_terms(
 
 
 def _matching_costs(
-    key: PRNGKeyArray, layers: Decoded, targets: Targets, maps: tuple[Array, Array], config: CriterionConfig
+    key: PRNGKeyArray,
+    layers: Decoded,
+    labels: Int[Array, "instances"],
+    targets: MaskTargets,
+    soft_ignore: Float[Array, "h w"],
+    config: CriterionConfig,
 ) -> tuple[Float[Array, "layers queries instances"], Bool[Array, "layers queries"]]:
     """The same costs as the loss, on one set of points for all pairs of an image; no gradient.
 
     With them False for queries whose mask lies mostly on ignored pixels: calling them "no object" would be a false
     lesson.
     """
-    soft_masks, soft_ignore = maps
     if config.num_points is None:
         features = layers.features[::2, ::2].reshape(-1, layers.features.shape[-1])
-        labels, ignored = soft_masks[:, ::2, ::2].reshape(len(soft_masks), -1), soft_ignore[::2, ::2].reshape(-1)
+        true, ignored = (maps[..., ::2, ::2].reshape(*maps.shape[:-2], -1) for maps in targets)
     else:
         points = uniform_points(key, (1, config.num_points))
         y, x = positions(points, layers.features.shape[:2])
         features = bilinear_sample(layers.features, jnp.stack([y[0], x[0]], axis=-1))
-        labels = read_at(jnp.broadcast_to(points, (len(targets.masks), config.num_points)), targets.masks)
+        true = read_at(jnp.broadcast_to(points, (len(targets.masks), config.num_points)), targets.masks)
         ignored = read_at(points, targets.ignore[None])[0]
     # One pixel in sixteen tells where most of a mask lies.
     seldom = layers.features[::4, ::4].reshape(-1, layers.features.shape[-1])
     care, seldom_ignored = 1.0 - ignored, soft_ignore[::4, ::4].reshape(-1)
-    labels = labels * care
+    true = true * care
 
     def of_layer(layer: tuple[Array, Array]) -> tuple[Array, Array]:
         embeddings, class_logits = layer
         logits = mask_logits("qd,pd->qp", embeddings, features)
-        cost = _matching_cost(logits, class_logits, targets.labels, labels, care, config)
+        cost = _matching_cost(logits, class_logits, labels, true, care, config)
         probability = jax.nn.sigmoid(mask_logits("qd,pd->qp", embeddings, seldom))
         return cost, probability @ seldom_ignored <= 0.5 * jnp.sum(probability, axis=-1)
 

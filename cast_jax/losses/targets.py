@@ -35,14 +35,8 @@ class Targets:
     ignore: Bool[Array, "batch height width"]
 
 
-def target_maps(
-    targets: Targets, size: tuple[int, int]
-) -> tuple[Float[Array, "batch instances h w"], Float[Array, "batch h w"]]:
-    """Soft instance masks and ignore share at the resolution of the mask logits."""
-    return _shrink(targets.masks, size), _shrink(targets.ignore, size)
-
-
-def _shrink(maps: Bool[Array, "*batch height width"], size: tuple[int, int]) -> Float[Array, "*batch h w"]:
+def shrink(maps: Bool[Array, "*batch height width"], size: tuple[int, int]) -> Float[Array, "*batch h w"]:
+    """Which share of each pixel masks cover at ``size``, the resolution of the mask logits."""
     height, width = maps.shape[-2:]
     if height % size[0] == 0 and width % size[1] == 0:  # the mean of whole squares costs a fraction of a resize
         rows, columns = height // size[0], width // size[1]

@@ -16,6 +16,7 @@ from benchmarks.torch_contrastive import Contrast, blocked, literal
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.core.compiled import memory_bytes
 from cast_jax.core.flops import matrix_flops
+from cast_jax.core.runtime import compute_dtype
 from cast_jax.core.sharding import shard_batch
 from cast_jax.core.step import TrainStep
 from cast_jax.models.functional import Functional
@@ -70,9 +71,10 @@ def _our_update(
     spec: dict[str, Any], size: tuple[int, int], classes: int, batch: dict[str, Any], anchors: int, repeats: int
 ) -> tuple[float, TrainStep, float]:
     """Median seconds of an update, the step, and the seconds it took to compile."""
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    dtype = compute_dtype()
     segmenter = build_segmenter(spec, [str(n) for n in range(classes)], size, dtype=dtype)
-    projection = Functional(lambda rngs: ProjectionHead(segmenter_config(spec).feature_dim, 128, rngs=rngs))
+    features = segmenter_config(spec).feature_dim
+    projection = Functional(lambda rngs: ProjectionHead(features, 128, dtype=dtype, rngs=rngs))
     objective = ObjectiveConfig(
         pseudo_label_weight=float("unlabelled" in batch),
         contrastive_weight=0.2 if anchors else 0.0,

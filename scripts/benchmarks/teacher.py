@@ -20,6 +20,7 @@ from benchmarks.torch_teacher import DEVICE, Teacher, Update
 from cast_jax.contrastive.config import ContrastiveConfig
 from cast_jax.core.annotations import pack_masks
 from cast_jax.core.compiled import memory_bytes
+from cast_jax.core.runtime import compute_dtype
 from cast_jax.core.sharding import shard_batch
 from cast_jax.losses.config import CriterionConfig
 from cast_jax.models.dinov2 import IMAGE_MEAN, IMAGE_STD
@@ -76,7 +77,7 @@ def _spec(name: str, side: int, kept: bool) -> dict[str, Any]:
 
 
 def _build(spec: dict[str, Any], side: int) -> Functional:
-    return build_segmenter(spec, CLASSES, (side, side), dtype=jnp.float32 if DEVICE == "cpu" else jnp.bfloat16)
+    return build_segmenter(spec, CLASSES, (side, side), dtype=compute_dtype())
 
 
 def _zero_shot(name: str, side: int, theirs: Teacher, repeats: int, images: int) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def _update(name: str, side: int, theirs: Teacher, repeats: int, kept: bool) -> 
         criterion=CriterionConfig(num_points=None),
         contrastive=ContrastiveConfig(num_anchors=ANCHORS),
     )
-    projection = Functional(lambda rngs: ProjectionHead(theirs.features, 128, rngs=rngs))
+    projection = Functional(lambda rngs: ProjectionHead(theirs.features, 128, dtype=compute_dtype(), rngs=rngs))
     recipe = SemiSupervised(_build(_spec(name, side, kept), side), projection, objective)
     step = make_step(recipe, TrainConfig(steps=1_000))
     images, masks, labels, boxes = _images(2, side), *_instances(2, side)

@@ -25,7 +25,7 @@ def blocks_of_two(monkeypatch):
     monkeypatch.setattr(mask_terms, "_SLOTS", 2)
 
 
-def given(dtype=jnp.float32) -> tuple:
+def given(config, dtype=jnp.float32) -> tuple:
     """Keys, embeddings, features and targets of four images: one without an instance, two with holes between some."""
     keys = jax.random.split(jax.random.key(0), 5)
     images = len(VALID)
@@ -36,7 +36,7 @@ def given(dtype=jnp.float32) -> tuple:
         jax.random.split(keys[2], (images, LAYERS, number_of_blocks(SLOTS))),
         jax.random.normal(keys[3], (images, LAYERS, SLOTS, CHANNELS), dtype),
         jax.random.normal(keys[4], (images, SIDE, SIDE, CHANNELS), dtype),
-        MaskTargets(masks, ignore, soft(masks), soft(ignore)),
+        MaskTargets(masks, ignore) if config.num_points else MaskTargets(soft(masks), soft(ignore)),
     )
 
 
@@ -50,8 +50,6 @@ def at_once(config, keys, embeddings, features, targets: MaskTargets) -> Terms:
         of_block = MaskTargets(
             pad(targets.masks)[image, part],
             targets.ignore[image],
-            pad(targets.soft_masks)[image, part],
-            targets.soft_ignore[image],
         )
         masks = pad(logits[:, layer])[image, part]
         found.append(mask_terms.mask_terms(keys[image, layer, block], masks, of_block, config))
@@ -75,7 +73,7 @@ def ours(config, keys, embeddings, features, targets: MaskTargets) -> Terms:
 
 def both(config, dtype=jnp.float32) -> tuple:
     """What :func:`graded` finds of blocks, and of all at once."""
-    run = lambda terms: jax.jit(functools.partial(graded, functools.partial(terms, config)))(*given(dtype))
+    run = lambda terms: jax.jit(functools.partial(graded, functools.partial(terms, config)))(*given(config, dtype))
     return run(ours), run(at_once)
 
 
@@ -100,7 +98,7 @@ def test_gradients_of_bfloat16_features_add_up_in_float32(monkeypatch):
 
     def gradient(slots: int) -> jax.Array:
         ones = lambda *shape, dtype=jnp.float32: jnp.ones(shape, dtype)
-        targets = MaskTargets(ones(1, slots, 4, 4) > 0, ones(1, 4, 4) < 0, ones(1, slots, 4, 4), 0 * ones(1, 4, 4))
+        targets = MaskTargets(ones(1, slots, 4, 4), 0 * ones(1, 4, 4))
         keys = jax.random.split(jax.random.key(0), (1, 1, slots))
         embeddings, valid = ones(1, 1, slots, 2, dtype=jnp.bfloat16), ones(1, slots) > 0
         total = lambda features: jnp.sum(matched_mask_terms(keys, embeddings, features, valid, targets, CONFIGS[0])[0])
@@ -110,7 +108,7 @@ def test_gradients_of_bfloat16_features_add_up_in_float32(monkeypatch):
 
 
 def test_images_without_instances_are_not_looked_at():
-    keys, embeddings, features, targets = given()
+    keys, embeddings, features, targets = given(CONFIGS[1])
     run = jax.jit(functools.partial(graded, functools.partial(ours, CONFIGS[1])))
     (total, _), gradients = run(keys, embeddings, features.at[1].set(jnp.nan), targets)
     assert np.isfinite(total)
@@ -119,7 +117,7 @@ def test_images_without_instances_are_not_looked_at():
 
 
 def test_what_diverges_where_there_is_an_instance_is_seen():
-    keys, embeddings, features, targets = given()
+    keys, embeddings, features, targets = given(CONFIGS[1])
     bce, dice = jax.jit(functools.partial(ours, CONFIGS[1]))(keys, embeddings, features.at[3].set(jnp.nan), targets)
     assert np.isnan(bce[3, :, 2]).all()
     assert np.isnan(dice[3, :, 2]).all()
