@@ -36,6 +36,7 @@ from cast_jax.core import target
 from cast_jax.core.loops import over_flagged
 from cast_jax.core.selection import take
 
+_COLD = 0.025  # temperatures below, where exp((-1 - 1) / temperature) nears the least number of float32
 _ROWS = 8  # anchors of a device that a row sampler serves at a time: what it holds grows with rows × candidates
 
 
@@ -101,7 +102,9 @@ def anchor_losses(
         return jnp.sum(jnp.where(taken, violation, 0.0), axis=-1) / config.num_negatives
     positive = positive / config.temperature
     negative = jnp.where(taken, negative / config.temperature, -jnp.inf)
-    shift = jax.lax.stop_gradient(jnp.maximum(positive, jnp.max(negative, axis=-1)))
+    shift = jnp.full_like(positive, 1 / config.temperature)  # no cosine is larger, so that none has to be looked for
+    if config.temperature < _COLD:
+        shift = jax.lax.stop_gradient(jnp.maximum(positive, jnp.max(negative, axis=-1)))
     total = jnp.exp(positive - shift) + jnp.sum(jnp.exp(negative - shift[:, None]), axis=-1)
     return jnp.log(total) + shift - positive
 
@@ -116,6 +119,33 @@ def product_dtype(dtype: Any) -> Any:
     return dtype if target.backend() == "cpu" else jnp.bfloat16
 
 
+def _multiplied(subscripts: str, *factors: Array) -> Array:
+    dtype = factors[0].dtype
+    narrow = [factor.astype(product_dtype(dtype)) for factor in factors]
+    return jnp.einsum(subscripts, *narrow, preferred_element_type=dtype)
+
+
+@jax.custom_vjp
+def similarities(
+    z_anchors: Float[Array, "anchors embedding"],
+    z_negatives: Float[Array, "slots embedding"] | Float[Array, "anchors slots embedding"],
+) -> Float[Array, "anchors slots"]:
+    """Products of anchors with shared negatives, or with their own, in :func:`product_dtype`; the gradients' too."""
+    return _multiplied("ae,se->as" if z_negatives.ndim == 2 else "ae,ase->as", z_anchors, z_negatives)
+
+
+def _similarities_backward(factors, gradient):
+    z_anchors, z_negatives = factors
+    of_negatives = "se" if z_negatives.ndim == 2 else "ase"
+    return (
+        _multiplied(f"as,{of_negatives}->ae", gradient, z_negatives),
+        _multiplied(f"as,ae->{of_negatives}", gradient, z_anchors),
+    )
+
+
+similarities.defvjp(lambda *factors: (similarities(*factors), factors), _similarities_backward)
+
+
 def _contrast_rows(config, z_anchors, z_positives, z_negatives, taken, anchors, regions):
     """Loss, diagnostics and gradients of some anchors against shared [slots, E] or own [anchors, K, E] negatives.
 
@@ -125,9 +155,7 @@ def _contrast_rows(config, z_anchors, z_positives, z_negatives, taken, anchors, 
     def total_loss(z_anchors, z_positives, z_negatives):
         z_anchors, z_positives, z_negatives = map(normalise, (z_anchors, z_positives, z_negatives))
         positive = jnp.sum(z_anchors * z_positives, axis=-1)
-        subscripts = "ae,se->as" if z_negatives.ndim == 2 else "ae,ase->as"
-        narrow = [z.astype(product_dtype(z.dtype)) for z in (z_anchors, z_negatives)]
-        negative = jnp.einsum(subscripts, *narrow, preferred_element_type=z_anchors.dtype)
+        negative = similarities(z_anchors, z_negatives)
         losses = anchor_losses(config, positive, negative, taken)
         return jnp.sum(jnp.where(anchors.valid, losses, 0.0)), (positive, negative)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,14 +23,15 @@ Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 
 def choose_anchors(
     keys: PRNGKeyArray, valid: Bool[Array, "batch pixels"], num_anchors: int | None
-) -> tuple[Int[Array, "batch anchors"], Bool[Array, "batch anchors"]]:
+) -> tuple[Int[Array, "batch anchors"] | None, Bool[Array, "batch anchors"]]:
     """A random subset of each image's valid pixels, without replacement, and which of the positions are real.
 
-    An image with fewer valid pixels than asked for gives them all. None takes every pixel, in order. One key an image.
+    An image with fewer valid pixels than asked for gives them all. None takes every pixel, in order, and so needs no
+    positions. One key an image.
     """
     pixels = valid.shape[1]
     if num_anchors is None or num_anchors >= pixels:
-        return jnp.broadcast_to(jnp.arange(pixels, dtype=jnp.int32), valid.shape), valid
+        return None, valid
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (pixels,)))(keys)
     rank = jnp.where(valid, uniform, -1.0)
     position = jax.lax.top_k(rank, num_anchors)[1].astype(jnp.int32)
@@ -116,10 +119,9 @@ def contrastive_loss(
     anchor_key, *set_keys = jax.random.split(key, 1 + directions)
     anchor_keys = jax.vmap(jax.random.fold_in, (None, 0))(anchor_key, image)
     chosen, real = choose_anchors(anchor_keys, usable, config.num_anchors)
-    own = take_rows(position, chosen) if bank is None else jnp.full_like(chosen, -1)
-    anchors = Anchors(
-        take_rows(g_hat, chosen), own, real, take_rows(regions, chosen), take_rows(on_instance, chosen), image
-    )
+    of_anchors = (lambda array: array) if chosen is None else functools.partial(take_rows, where=chosen)
+    own = of_anchors(position if bank is None else jnp.full_like(position, -1))
+    anchors = Anchors(of_anchors(g_hat), own, real, of_anchors(regions), of_anchors(on_instance), image)
     candidates = CandidatePixels(g_hat, usable, regions, position)
     if bank is not None:
         size = bank.valid.shape[0]
@@ -132,8 +134,7 @@ def contrastive_loss(
     if bank is not None:
         z_keys = jnp.stack([jax.lax.stop_gradient(bank.z)[None]] * directions)
     z_anchors, z_positives = (
-        jnp.stack([take_rows(z, chosen) for z in pair[:directions]])
-        for pair in ([z_weak, z_strong], [z_strong, z_weak])
+        jnp.stack([of_anchors(z) for z in pair[:directions]]) for pair in ([z_weak, z_strong], [z_strong, z_weak])
     )
     shared = jax.tree.map(lambda array: jnp.broadcast_to(array, (directions, *array.shape)), (anchors, candidates))
     operands = (z_anchors, z_positives, z_keys, *shared)
