@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import errno
 import logging
 import re
 import sys
@@ -19,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 from cast_jax import pipeline
 from cast_jax.core import distributed
 from cast_jax.core.errors import DivergedError, UserError
+from cast_jax.core.files import is_full
 from cast_jax.core.logging import setup_logging
 from cast_jax.core.runtime import StopSignals, platform_notes, setup
 from cast_jax.workdir import make_workdir
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
         with StopSignals() as stop, stop.by_force():
             pipeline.run(config, workdir)
     except (UserError, DivergedError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = is_full(error)
         hint = f" (for {workdir}): free some, then run the same command again to continue" if full else ""
         logger.error("error: %s%s", error, hint)
         distributed.leave(1)

@@ -20,7 +20,7 @@ import numpy as np
 from cast_jax.core.annotations import Category
 from cast_jax.core.config import check_ranges
 from cast_jax.core.errors import UserError
-from cast_jax.core.files import make_folder, only_writer, remove_temporaries, write_json
+from cast_jax.core.files import make_folder, only_writer, remove_temporaries, write_json, writing_to
 from cast_jax.core.logging import setup_logging
 from cast_jax.core.runtime import compute_dtype, setup
 from cast_jax.core.sharding import make_mesh, param_shardings, place
@@ -133,7 +133,8 @@ def _check_export(weights: Path) -> None:
 
 
 def _make_output(output: Path) -> None:
-    finish_import(output)
+    with writing_to(output, "OUTPUT"):
+        finish_import(output)
     make_folder(output, "OUTPUT")
 
 

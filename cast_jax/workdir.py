@@ -10,7 +10,7 @@ from typing import Any
 from cast_jax.core import distributed
 from cast_jax.core.config import differences, to_json
 from cast_jax.core.errors import UserError
-from cast_jax.core.files import TEMPORARY, make_folder, read_json
+from cast_jax.core.files import TEMPORARY, make_folder, read_json, writing_to
 
 HOW_BATCHES_COME = ("num_threads", "num_workers", "prefetch")  # the same ones for any of these
 
@@ -22,7 +22,10 @@ def make_workdir(workdir: Path) -> None:
       UserError: it cannot be made, or not be written to; or it is not one folder that all processes share.
     """
     make_folder(workdir, "--workdir")
-    with tempfile.NamedTemporaryFile(dir=workdir, prefix=".shared-", suffix=TEMPORARY) as probe:
+    with (
+        writing_to(workdir, "--workdir"),
+        tempfile.NamedTemporaryFile(dir=workdir, prefix=".shared-", suffix=TEMPORARY) as probe,
+    ):
         seen = (workdir / distributed.agreed(Path(probe.name).name)).exists()
         everywhere = all(distributed.gather(seen))
     distributed.barrier()  # the first process goes on to clear what looks like these files

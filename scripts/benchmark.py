@@ -28,7 +28,7 @@ import jax
 from benchmarks import timing
 
 from cast_jax.core.errors import UserError
-from cast_jax.core.files import make_folder, write_json
+from cast_jax.core.files import make_room, write_json
 
 BENCHMARKS = {  # module and function
     "contrastive": ("contrastive", "contrastive"),
@@ -56,9 +56,9 @@ def main() -> None:
     options = parser.parse_args()
     try:
         if options.json:
-            make_folder(options.json.parent, "the folder of --json,")
+            make_room(options.json, "--json")
     except UserError as error:
-        parser.error(str(error))
+        sys.exit(f"error: {error}")
     if options.processor_time:
         timing.clock = time.process_time
     module, function = BENCHMARKS[options.benchmark]  # each needs other packages

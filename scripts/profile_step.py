@@ -28,7 +28,7 @@ from absl import app, flags
 from cast_jax.core import profiling, target
 from cast_jax.core.annotations import Category
 from cast_jax.core.errors import UserError
-from cast_jax.core.files import atomic_write, make_folder, write_json
+from cast_jax.core.files import atomic_write, make_folder, make_room, write_json
 from cast_jax.core.logging import setup_logging
 from cast_jax.core.progress import clock
 from cast_jax.core.runtime import setup
@@ -87,7 +87,7 @@ def profile(config: dict[str, Any], workdir: Path, trace: Path) -> None:
     abstract = bool(_ABSTRACT.value or _GPU.value or _TPU.value)
     for flag, file in (("--hlo", _HLO.value), ("--json", _JSON.value)):
         if file:
-            make_folder(Path(file).parent, f"the folder of {flag},")
+            make_room(Path(file), flag)
     if not abstract:
         make_folder(trace, "--trace")
     pipeline = Pipeline(config, workdir)

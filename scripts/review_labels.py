@@ -10,6 +10,7 @@ records their hash; the model's own stay in RUN/pseudo_labels/adapted.before_rev
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="the COCO JSON")
     parser.add_argument("--polygons", action="store_true", help="export outlines where they show the mask well")
     options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     try:
         if options.direction == "export":
             content = export_labels(options.store, options.polygons)

@@ -101,7 +101,7 @@ def test_where_nothing_can_be_written_is_said_before_images_are_read(inputs, tmp
     weights, folder, _ = inputs
     (tmp_path / "file").write_text("")
     (tmp_path / "images" / "broken.png").write_bytes(b"no image")  # of which nothing is said yet
-    with pytest.raises(SystemExit, match=rf"{output} cannot be written to \(.+\); name another folder"):
+    with pytest.raises(SystemExit, match=rf"{output} cannot be written to \(.+\); name another"):
         main([weights, folder, str(tmp_path / output)])
 
 

@@ -79,7 +79,7 @@ def test_where_nothing_can_be_written_is_said_before_compiling(script, config, t
     place = tmp_path / "file" / "x"
     if flag != "trace":
         flags.FLAGS(["profile_step", f"--{flag}={place}"])
-    with pytest.raises(UserError, match=rf"--{flag}.* {tmp_path}/file\S* cannot be written to \(.+\); name another"):
+    with pytest.raises(UserError, match=rf"--{flag} {place} cannot be written to \(.+\); name another"):
         script.profile(config | {"step": ""}, tmp_path, place if flag == "trace" else tmp_path / "trace")
 
 

@@ -77,5 +77,5 @@ def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "run", type(tmp_path)("/proc/run")):
-        with pytest.raises(UserError, match=rf"--workdir {path} cannot be written to \(.+\); name another folder"):
+        with pytest.raises(UserError, match=rf"--workdir {path} cannot be written to \(.+\); name another"):
             make_workdir(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -21,8 +22,15 @@ TEMPORARY = ".tmp"  # how the names of hidden files end that nobody needs once t
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A binary file that becomes ``path``, synced, when the block ends, and vanishes if it fails; makes the folder."""
-    path = Path(path)
+    """A binary file that becomes ``path``, synced, when the block ends, and vanishes if it fails; makes the folder.
+
+    What a link points at is replaced, not the link; a pipe or a device is written to as it is.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with path.open("wb") as file:
+            yield file
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     try:
@@ -59,21 +67,46 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-def make_folder(folder: Path, called: str) -> None:
-    """Makes a folder, before the long work whose results go there.
-
-    Args:
-      folder: with all above it; may be there.
-      called: what the user calls it, an argument or a field.
+@contextlib.contextmanager
+def writing_to(path: Path, called: str) -> Iterator[None]:
+    """Within, what cannot be written is an error of the user, who calls the file or folder so (``--workdir``).
 
     Raises:
-      UserError: it cannot be made, or not be written to.
+      UserError: saying so.
+      OSError: the disk is full; names the path.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        yield
     except OSError as error:
-        raise UserError(f"{called} {folder} cannot be written to ({error.strerror}); name another folder") from error
+        if is_full(error):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise UserError(f"{called} {path} cannot be written to ({error.strerror}); name another") from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether this says that a disk, or a user's share of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def make_folder(folder: Path, called: str) -> None:
+    """Makes a folder, with all above it, before the long work whose results go there; see :func:`writing_to`."""
+    with writing_to(folder, called):
+        _make(folder)
+
+
+def make_room(file: Path, called: str) -> None:
+    """Makes the folder of a file before the long work whose result it becomes; see :func:`writing_to`."""
+    with writing_to(file, called):
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not file.exists() or file.is_file():
+            _make(Path(os.path.realpath(file)).parent)
+
+
+def _make(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(bytes(4096))  # an empty file finds room on a full disk
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -8,7 +8,7 @@ import logging
 import numpy as np
 
 from cast_jax.core.errors import DataError
-from cast_jax.data.findings import Finding, SeenImages, look_at, name_of, same_pixels, shared_pictures, warnings_of
+from cast_jax.data.findings import Look, SeenImages, look_at, name_of, same_pixels, shared_pictures, warnings_of
 from cast_jax.data.sources.base import Source, name_some, no_instances
 from cast_jax.data.sources.coco import require_same_categories
 from cast_jax.data.sources.subset import Subset
@@ -22,14 +22,14 @@ class SourceReport:
 
     Attributes:
       source: the source to use from here on: the one that was checked, less the unreadable images.
-      findings: of all images of the one that was checked.
+      look: what was found in the one that was checked.
       pixels, content: a name of the pixels of all usable images in their order, and one of their ids and annotations,
         too.
       warnings: sentences.
     """
 
     source: Source
-    findings: tuple[Finding, ...]
+    look: Look
     pixels: str
     content: str
     warnings: tuple[str, ...]
@@ -70,7 +70,7 @@ def check_sources(
         )
     }
     given = {name: report for name, report in reports.items() if report}
-    shared = shared_pictures(same_pixels({name: report.findings for name, report in given.items()})).values()
+    shared = shared_pictures(same_pixels({name: report.look.findings for name, report in given.items()})).values()
     for text in shared:
         _LOG.warning(text)
     warnings = [text for report in given.values() for text in report.warnings]
@@ -102,8 +102,8 @@ def check_source(
     total = len(source)
     if not total:
         raise DataError(f"the {name} source has no images")
-    findings = look_at(name, source, seen)
-    faults = [found.fault for found in findings if found.fault]
+    look = look_at(name, source, seen)
+    findings, faults = look.findings, look.faults
     if faults and on_unreadable == "error":
         listed = "\n  ".join(faults[:10])
         raise DataError(
@@ -112,22 +112,20 @@ def check_source(
         )
     if len(faults) == total:
         raise DataError(f"the {name} source has no readable image among {total}; the first: {faults[0]}")
-    sound = [found for found in findings if not found.fault]
     warnings = (
         [f"{len(faults)} of {total} images are unreadable and left out: {name_some(faults, 3)}"] if faults else []
     )
     warnings += warnings_of(source, findings, max_instances)
-    digests = [found.facts.digest for found in sound]
-    usable = [index for index, found in enumerate(findings) if not found.fault]
-    ids = [str(source.record(index).image_id) for index in usable]
+    digests = [found.facts.digest for found in findings]
+    ids = [str(source.record(index).image_id) for index in look.usable]
     report = SourceReport(
-        source=Subset(source, np.asarray(usable)) if faults else source,
-        findings=tuple(findings),
+        source=Subset(source, np.asarray(look.usable)) if faults else source,
+        look=look,
         pixels=name_of(*digests),
-        content=name_of(*ids, *digests, *(found.truth for found in sound)),
+        content=name_of(*ids, *digests, *(found.truth for found in findings)),
         warnings=tuple(f"{name}: {text}" for text in warnings),
     )
-    instances, empty = sum(len(found.labels) for found in sound), sum(not found.labels for found in sound)
+    instances, empty = sum(len(found.labels) for found in findings), sum(not found.labels for found in findings)
     annotated = f", {instances} instances, {empty} images without any" if source.categories else ""
     _LOG.info(f"{name}: {total} images{annotated}")
     for text in report.warnings:

@@ -33,7 +33,7 @@ DARK = 32
 """An image without a value as high as this is black, or nearly so."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class ImageFacts:
     """What was found in an image and its file.
 
@@ -53,26 +53,40 @@ class ImageFacts:
     bits: int = 8
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Finding:
-    """What one image holds. Where there is a ``fault``, which keeps it from being used, nothing else.
+    """What one image holds.
 
     Attributes:
       file_name: of the image.
       facts: of its pixels and its file.
+      link_out: whether it, or its annotations, are a link to outside its folder.
       labels: of its instances.
       truth: a name of its annotations.
-      link_out: whether it, or its annotations, are a link to outside its folder.
       without_pixels: the annotations that cover no pixel.
     """
 
     file_name: str
-    fault: str = ""
-    facts: ImageFacts = ImageFacts("", 0, 0, 0)
+    facts: ImageFacts
+    link_out: bool
     labels: tuple[int, ...] = ()
     truth: str = ""
-    link_out: bool = False
     without_pixels: tuple[int | str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What was found in the images of a source.
+
+    Attributes:
+      usable: the positions of images that can be used.
+      findings: one for each of them.
+      faults: what is wrong with each of the others.
+    """
+
+    usable: tuple[int, ...]
+    findings: tuple[Finding, ...]
+    faults: tuple[str, ...]
 
 
 class SeenImages:
@@ -110,46 +124,49 @@ class SeenImages:
         return hashlib.blake2b(mark.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
 
 
-def look_at(name: str, source: Source, seen: SeenImages | None = None) -> list[Finding]:
+def look_at(name: str, source: Source, seen: SeenImages | None = None) -> Look:
     """Reads every image of a source, and its annotation if there are categories, in parallel.
 
     Args:
       name: what the progress bar calls the source.
       source: the images.
       seen: images that it knows are not decoded again; those that are sound are told to it.
-
-    Returns:
-      One finding an image, in order.
     """
 
-    def look(index: int) -> Finding:
+    def look(index: int) -> Finding | str:
+        """What is found in an image, or what is wrong with it."""
         record = source.record(index)
         try:
             facts = _facts(source, index, record, seen)
             if not source.categories:
-                return Finding(record.file_name, facts=facts, link_out=leaves_folder(record))
+                return Finding(record.file_name, facts, leaves_folder(record))
             truth = source.instances(index)
             return Finding(
                 record.file_name,
-                facts=facts,
+                facts,
+                leaves_folder(record),
                 labels=tuple(truth.labels.tolist()),
                 truth=name_of(truth.labels, np.packbits(truth.masks), np.packbits(truth.ignore)),
-                link_out=leaves_folder(record),
                 without_pixels=truth.without_pixels,
             )
         except DataError as error:
-            return Finding(record.file_name, fault=str(error))
+            return str(error)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         looking = pool.map(look, range(len(source)))
-        return list(tqdm(looking, f"checking {name}", len(source), unit="image", disable=None))
+        found = list(tqdm(looking, f"checking {name}", len(source), unit="image", disable=None))
+    return Look(
+        tuple(index for index, result in enumerate(found) if isinstance(result, Finding)),
+        tuple(result for result in found if isinstance(result, Finding)),
+        tuple(result for result in found if isinstance(result, str)),
+    )
 
 
 def _facts(source: Source, index: int, record: ImageRecord, seen: SeenImages | None) -> ImageFacts:
     if seen is None or not record.path.is_file():
         return image_facts(record, source.image(index))
-    facts = seen[record.path] or image_facts(record, source.image(index))
-    seen[record.path] = facts
+    if (facts := seen[record.path]) is None:
+        facts = seen[record.path] = image_facts(record, source.image(index))
     return facts
 
 
@@ -173,29 +190,33 @@ def warnings_of(source: Source, findings: Sequence[Finding], max_instances: int 
 
     Args:
       source: what was looked at.
-      findings: what :func:`look_at` found.
+      findings: what :func:`look_at` found in the images that can be used.
       max_instances: slots for the instances of an image; ``None`` for no cap.
     """
-    sound = [finding for finding in findings if not finding.fault]
     cap = np.inf if max_instances is None else max_instances
-    if excess := [len(found.labels) - cap for found in sound if len(found.labels) > cap]:
+    if excess := [len(found.labels) - cap for found in findings if len(found.labels) > cap]:
         yield (
             f"{len(excess)} images have more than {max_instances} instances, which cuts {sum(excess)}; raise "
             "data.max_instances to keep them"
         )
-    if repeated := [group[""] for group in same_pixels({"": sound})]:
+    if repeated := [group[""] for group in same_pixels({"": findings})]:
         some = name_some(map(_equal, repeated), 2)
         yield f"{sum(map(len, repeated))} images show the same pixels as another: {some}"
-    yield from _warnings_of_files(sound)
+    yield from _warnings_of_files(findings)
+    if others := other_formats(noted(source, "left_out")):
+        yield others
+    if source.categories:
+        yield from _warnings_of_annotations(source, findings)
+
+
+def _warnings_of_annotations(source: Source, findings: Sequence[Finding]) -> Iterator[str]:
     if boxes := noted(source, "boxes_outside"):
         yield f"{len(boxes)} annotations have a bbox outside their image, which is not used: {name_some(boxes, 3)}"
     if copies := noted(source, "copies"):
         yield f"{len(copies)} annotations are exact copies of another in their image: {name_some(copies, 3)}"
-    if names := [f"{name} of {found.file_name}" for found in sound for name in found.without_pixels]:
+    if names := [f"{name} of {found.file_name}" for found in findings for name in found.without_pixels]:
         yield cover_no_pixel(names)
-    if others := other_formats(noted(source, "left_out")):
-        yield others
-    there = {label for found in sound for label in found.labels}
+    there = {label for found in findings for label in found.labels}
     if absent := [category.name for label, category in enumerate(source.categories) if there and label not in there]:
         yield f"{len(absent)} classes have no instance: {name_some(absent, 10)}"
 
@@ -229,8 +250,7 @@ def same_pixels(findings: Mapping[str, Sequence[Finding]]) -> list[dict[str, lis
     places: defaultdict[str, dict[str, list[str]]] = defaultdict(dict)
     for name, of_source in findings.items():
         for found in of_source:
-            if not found.fault:
-                places[found.facts.digest].setdefault(name, []).append(found.file_name)
+            places[found.facts.digest].setdefault(name, []).append(found.file_name)
     return [group for group in places.values() if sum(map(len, group.values())) > 1]
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from cast_jax.data.findings import Finding, look_at, same_pixels, shared_pictures, warnings_of
+from cast_jax.data.findings import Look, look_at, same_pixels, shared_pictures, warnings_of
 from cast_jax.data.sources.base import Source, no_instances, noted
 
 
@@ -28,29 +28,27 @@ def inspect(sources: Mapping[str, Source], max_instances: int) -> dict[str, Any]
       (groups of the same pixels), and ``errors`` and ``warnings`` as sentences.
     """
     caps = {name: None if name == "val" else max_instances for name in sources}
-    findings = {name: look_at(name, source) for name, source in sources.items()}
+    looks = {name: look_at(name, source) for name, source in sources.items()}
     errors, warnings = [], []
     for name, source in sources.items():
-        errors += [f"{name}: {found.fault}" for found in findings[name] if found.fault]
-        errors += [f"{name}: {fault}" for fault in noted(source, "faults")]
-        sound = [found for found in findings[name] if not found.fault]
-        if source.categories and sound and not any(found.labels for found in sound):
+        findings = looks[name].findings
+        errors += [f"{name}: {fault}" for fault in (*looks[name].faults, *noted(source, "faults"))]
+        if source.categories and findings and not any(found.labels for found in findings):
             errors.append(f"{name}: {no_instances(source)}")
-        warnings += [f"{name}: {text}" for text in warnings_of(source, findings[name], caps[name])]
-    shared = same_pixels(findings)
+        warnings += [f"{name}: {text}" for text in warnings_of(source, findings, caps[name])]
+    shared = same_pixels({name: look.findings for name, look in looks.items()})
     for pair, text in shared_pictures(shared).items():
         (errors if "val" in pair else warnings).append(text)
-    sets = {name: _counts(source, findings[name], caps[name]) for name, source in sources.items()}
+    sets = {name: _counts(source, looks[name], caps[name]) for name, source in sources.items()}
     return {"sets": sets, "shared_images": shared, "errors": errors, "warnings": warnings}
 
 
-def _counts(source: Source, findings: Sequence[Finding], max_instances: int | None) -> dict[str, Any]:
-    sound = [found for found in findings if not found.fault]
-    sizes = Counter((found.facts.height, found.facts.width) for found in sound)
+def _counts(source: Source, look: Look, max_instances: int | None) -> dict[str, Any]:
+    sizes = Counter((found.facts.height, found.facts.width) for found in look.findings)
     by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
     counts: dict[str, Any] = {
-        "images": len(findings),
-        "unreadable": len(findings) - len(sound),
+        "images": len(source),
+        "unreadable": len(look.faults),
         "sizes": {
             "different": len(sizes),
             "smallest": by_area[0] if by_area else None,
@@ -60,13 +58,13 @@ def _counts(source: Source, findings: Sequence[Finding], max_instances: int | No
     }
     if not source.categories:
         return counts
-    numbers = np.array([len(found.labels) for found in sound] or [0])
+    numbers = np.array([len(found.labels) for found in look.findings] or [0])
     excess = np.zeros_like(numbers) if max_instances is None else np.maximum(numbers - max_instances, 0)
-    instances = Counter(label for found in sound for label in found.labels)
-    images = Counter(label for found in sound for label in set(found.labels))
+    instances = Counter(label for found in look.findings for label in found.labels)
+    images = Counter(label for found in look.findings for label in set(found.labels))
     return counts | {
         "instances": int(numbers.sum()),
-        "images_without_instances": sum(not found.labels for found in sound),
+        "images_without_instances": sum(not found.labels for found in look.findings),
         "largest_number_of_instances": int(numbers.max()),
         "over_cap": int((excess > 0).sum()),
         "instances_cut": int(excess.sum()),

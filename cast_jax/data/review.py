@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections import defaultdict
@@ -24,6 +25,7 @@ from cast_jax.data.pseudo_labels import MANIFEST, PseudoLabels, shard_name, shar
 from cast_jax.data.sources.base import name_some
 from cast_jax.data.sources.coco import Coco, encode_segmentation, read_annotations
 
+logger = logging.getLogger(__name__)
 _POLYGON_IOU = 0.9  # a polygon that shows less of its mask is no help to anybody
 _FINER = 4  # parts of a pixel's side
 
@@ -73,8 +75,8 @@ def import_labels(folder: str | os.PathLike[str], reviewed: str | os.PathLike[st
       The new statistics (``stats.json``).
 
     Raises:
-      DataError: the JSON is no COCO JSON, or has other images or sizes than the store, or categories that it does not
-        know; nothing is changed.
+      DataError: the JSON is no COCO JSON, or has other images or sizes than the store, or instances of categories
+        that it does not know; nothing is changed.
       UserError: a run is at work on these labels.
     """
     folder, reviewed = Path(folder), Path(reviewed)
@@ -88,8 +90,9 @@ def import_labels(folder: str | os.PathLike[str], reviewed: str | os.PathLike[st
 def _import_labels(folder: Path, reviewed: Path) -> dict[str, Any]:
     store = PseudoLabels.open(folder)
     source = Coco(reviewed, images=folder)  # finds everything that is wrong with a JSON
-    category_ids = _category_ids(reviewed, source.categories, store.categories)
     content = read_annotations(reviewed)
+    used = {entry["category_id"] for entry in content["annotations"]}
+    category_ids = _category_ids(reviewed, [known for known in source.categories if known.id in used], store.categories)
     names = {image["id"]: image["file_name"] for image in content["images"]}
     lines = {line["file_name"]: line for line in store.lines()}
     for problem, files in (
@@ -136,6 +139,8 @@ def _category_ids(reviewed: Path, found: Sequence[Category], known: Sequence[Cat
             f"{reviewed}: has unknown categories: {name_some(unknown, 20)}; they must keep the run's names "
             f"(the ids need not stay): {name_some(list(ids), 20)}"
         )
+    if changed := [f"{each.name} {each.id} -> {ids[each.name]}" for each in found if each.id != ids[each.name]]:
+        logger.info("%s numbers categories anew: %s", reviewed, name_some(changed, 20))
     return {category.id: ids[category.name] for category in found}
 
 

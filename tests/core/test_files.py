@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from cast_jax.core.errors import UserError
-from cast_jax.core.files import atomic_write, only_writer, read_json, write_json
+from cast_jax.core.files import atomic_write, make_folder, make_room, only_writer, read_json, write_json
 
 
 def test_text_bytes_and_folders(tmp_path):
@@ -74,3 +77,47 @@ def test_a_second_process_is_kept_out_until_the_first_is_dead(tmp_path):
         other.kill()
     with only_writer(tmp_path):
         pass
+
+
+def test_what_a_link_points_at_is_replaced(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "file")
+    for text in ("one", "two"):  # also where nothing is there yet
+        atomic_write(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "there" / "file").read_text() == text
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["file"]
+
+
+def test_a_pipe_is_written_to(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    make_room(tmp_path / "pipe", "--json")
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit((tmp_path / "pipe").read_text)
+        write_json(tmp_path / "pipe", [1])
+        assert json.loads(read.result(60)) == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_there_is_room_for_a_file_or_it_is_said(tmp_path):
+    make_room(tmp_path / "a" / "b" / "file", "--json")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "link").symlink_to(tmp_path / "c" / "file")
+    make_room(tmp_path / "link", "--json")
+    assert (tmp_path / "c").is_dir()
+    (tmp_path / "file").write_text("old")
+    make_room(tmp_path / "file", "--json")
+    assert (tmp_path / "file").read_text() == "old"
+    for place, reason in ((tmp_path, "Is a directory"), (tmp_path / "file" / "x", "File exists")):
+        with pytest.raises(UserError, match=rf"--json {place} cannot be written to \({reason}\); name another"):
+            make_room(place, "--json")
+
+
+@pytest.mark.parametrize("make", [make_folder, make_room])
+def test_a_full_disk_is_not_another_folder_s_matter(make, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(OSError, match=rf"\[Errno 28\] No space left on device: '{tmp_path}/x'"):
+        make(tmp_path / "x", "--output")

@@ -152,7 +152,7 @@ def test_unusable_images_are_found_before_a_run(name, tmp_path):
         check_source("unlabelled", source, None)
     report = check_source("unlabelled", source, None, "skip")
     assert [report.source.record(i).file_name for i in range(len(report.source))] == ["sound.png"]
-    assert [problem in found.fault for found in report.findings if found.fault] == [True]
+    assert [problem in fault for fault in report.look.faults] == [True]
     inspected = inspect({"unlabelled": source}, 10)  # finds what a run would
     assert inspected["sets"]["unlabelled"]["unreadable"] == 1
     (error,) = inspected["errors"]

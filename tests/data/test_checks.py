@@ -16,7 +16,7 @@ from cast_jax.data.findings import SeenImages
 from cast_jax.data.inspection import inspect
 from cast_jax.data.sources.coco import Coco
 from cast_jax.data.sources.folder import ImageFolder
-from cast_jax.data.sources.subset import Subset
+from cast_jax.data.sources.subset import Subset, Unlabelled
 
 _NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
@@ -51,7 +51,7 @@ def _coco(folder, name, instances, categories=((1, "cell"),)):
 def _folder(folder, count):
     folder.mkdir()
     for number in range(count):
-        Image.fromarray(_picture(folder.name, number)).save(folder / f"{number}.png")
+        Image.fromarray(_picture(folder.name, number)[:24]).save(folder / f"{number}.png")
     return ImageFolder(folder)
 
 
@@ -62,8 +62,8 @@ def _cut(source, *indices):
 
 
 def _counts(report):
-    """Instances of each image."""
-    return [len(found.labels) for found in report.findings]
+    """Instances of each usable image."""
+    return [len(found.labels) for found in report.look.findings]
 
 
 def test_a_sound_dataset_is_counted_and_returned_as_it_is(tmp_path, caplog):
@@ -87,6 +87,33 @@ def test_what_images_show_and_what_is_said_of_them_has_names(tmp_path):
     Image.fromarray(_picture("other", 0)).save(tmp_path / "set" / "0.png")
     other = look(Coco(tmp_path / "set.json"))
     assert len({other.pixels, fewer.pixels}) == len({other.content, fewer.content}) == 2
+
+
+def _named(folder, change=lambda content: None):
+    """The names of three pictures and what is said of them, one thing changed."""
+    _coco(folder, "set", [2, 1, 1], ((1, "cell"), (4, "dust")))
+    content = json.loads((folder / "set.json").read_text())
+    content["annotations"][3]["iscrowd"] = 1
+    change(content)
+    (folder / "set.json").write_text(json.dumps(content))
+    report = check_source("labelled", Coco(folder / "set.json"), None)
+    return report.pixels, report.content
+
+
+def test_the_names_of_data_are_those_of_earlier_versions(tmp_path):
+    """By them a run that goes on knows its data again. These are of commit 2091c56."""
+    pixels, content = _named(tmp_path)
+    assert (pixels, content) == ("6d4dae9f37c913ca", "20620c73d818324e")
+    for change in (
+        lambda content: content["annotations"][3].update(iscrowd=0),
+        lambda content: content["annotations"][0].update(category_id=4),
+        lambda content: content["annotations"].pop(0),
+        lambda content: (content["images"][2].update(id=7), content["annotations"][3].update(image_id=7)),
+    ):
+        same, other = _named(tmp_path, change)
+        assert (same == pixels, other == content) == (True, False)
+    same, other = _named(tmp_path, lambda content: content["images"].reverse())
+    assert (same == pixels, other == content) == (False, False)
 
 
 def test_instances_over_the_cap_are_a_warning(tmp_path, caplog):
@@ -122,9 +149,9 @@ def test_unreadable_images_are_left_out_and_counted_when_asked(tmp_path):
     _cut(labelled, 1)
     labelled.record(2).path.unlink()
     report = check_sources(labelled, None, None, max_instances=9, on_unreadable="skip")
-    assert [bool(found.fault) for found in report.labelled.findings] == [False, True, True, False]
+    assert (report.labelled.look.usable, len(report.labelled.look.faults)) == ((0, 3), 2)
     assert [report.labelled.source.record(i).image_id for i in range(2)] == [0, 3]
-    assert _counts(report.labelled) == [1, 0, 0, 4]
+    assert _counts(report.labelled) == [1, 4]
     assert "2 of 4 images are unreadable and left out" in report.warnings[0]
     assert "1.png" in report.warnings[0]
 
@@ -152,8 +179,8 @@ def test_sound_images_are_decoded_once(tmp_path, monkeypatch):
     _cut(pool, 2)
     report = check_source("unlabelled", pool, 5, "skip", SeenImages(tmp_path / "seen"))
     assert sorted(decoded) == [1, 2]
-    assert [bool(found.fault) for found in report.findings] == [False, False, True, False]
-    assert report.findings == check_source("unlabelled", pool, 5, "skip").findings
+    assert report.look.usable == (0, 1, 3)
+    assert report.look == check_source("unlabelled", pool, 5, "skip").look
     decoded.clear()
     kept = (tmp_path / "seen").read_bytes()
     (tmp_path / "seen").write_bytes(bytes([kept[0] | 128]) + kept[1:])  # a damaged note costs another look
@@ -202,6 +229,17 @@ def test_a_set_without_instances_is_an_error(name, tmp_path):
 def test_an_unknown_choice_is_refused(tmp_path):
     with pytest.raises(DataError, match="known values: error, skip"):
         check_source("unlabelled", _folder(tmp_path / "pool", 1), 5, on_unreadable="ignore")
+
+
+def test_annotations_of_unlabelled_images_are_not_spoken_of(tmp_path):
+    """They may come from one JSON with the labelled ones."""
+    source = _coco(tmp_path, "labelled", [1, 1])
+    content = json.loads((tmp_path / "labelled.json").read_text())
+    content["annotations"][0]["bbox"] = [0, 0, 99, 99]
+    (tmp_path / "labelled.json").write_text(json.dumps(content))
+    source = Coco(tmp_path / "labelled.json")
+    report = check_sources(Subset(source, [0]), Unlabelled(source, [1]), None, 5)
+    assert report.warnings == ("labelled: 1 annotations have a bbox outside their image, which is not used: 0",)
 
 
 def test_images_of_two_sets_are_a_warning(tmp_path, caplog):

@@ -155,6 +155,6 @@ def test_annotations_that_are_links_out_are_told(root):
     label.rename(outside)
     label.symlink_to(outside)
     source = Cityscapes(root, "train")
-    out = lambda report: [found.file_name for found in report.findings if found.link_out]
+    out = lambda report: [found.file_name for found in report.look.findings if found.link_out]
     assert out(check_source("labelled", source, None)) == [source.record(2).file_name]
     assert out(check_source("unlabelled", Cityscapes(root, "train", labelled=False), None)) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -178,14 +179,16 @@ def test_corrections_come_back(store, tmp_path):
     assert kept["score"] == pytest.approx(0.9)
 
 
-def test_categories_are_known_by_name(store, tmp_path):
-    """Tools number them from 0 or 1, in their own order, and may leave out one without instances."""
+def test_categories_are_known_by_name(store, tmp_path, caplog):
+    """Tools number them from 0 or 1, in their own order, and may leave out or add one without instances."""
     before, content = lines(store), export_labels(store)
-    content["categories"] = [{"id": 0, "name": "bicycle"}, {"id": 24, "name": "person"}]
+    content["categories"] = [{"id": i, "name": name} for i, name in ((0, "bicycle"), (24, "person"), (7, "background"))]
     for annotation in content["annotations"]:
         annotation["category_id"] = {33: 0, 24: 24}[annotation["category_id"]]
     write_json(tmp_path / "labels.json", content)
-    import_labels(store, tmp_path / "labels.json")
+    with caplog.at_level(logging.INFO):
+        import_labels(store, tmp_path / "labels.json")
+    assert caplog.messages == [f"{tmp_path / 'labels.json'} numbers categories anew: bicycle 0 -> 33"]
     assert lines(store) == before
     content["categories"] = [{"id": 33, "name": "person"}]
     content["annotations"] = [{**content["annotations"][0], "category_id": 33}]
@@ -205,6 +208,9 @@ def test_categories_are_known_by_name(store, tmp_path):
         (lambda c: c["annotations"][0].update(score=1.5), r"annotations\[0\]\.score is 1\.5"),
         (lambda c: c["annotations"][0].update(mask_quality="good"), r"annotations\[0\]\.mask_quality is 'good'"),
         (lambda c: c["annotations"][0].update(category_id=5), "category_id 5"),
+        (lambda c: c["categories"][0].update(name="Person"), "unknown categories: Person; .* person, bicycle"),
+        (lambda c: c["categories"][0].update(id="24"), r"categories\[0\]\.id is '24'; it must be int"),
+        (lambda c: c["categories"][0].update(name="bicycle"), r"categories\[\]\.name is not unique: bicycle"),
         (lambda c: c["annotations"][0].update(segmentation=[]), "segmentation is missing or empty"),
         (lambda c: c["categories"][0].update(name="pedestrian"), "unknown categories: pedestrian; .* person, bicycle"),
         (lambda c: c.pop("images"), "needs a list of objects under the key 'images'"),

@@ -125,7 +125,7 @@ found = {}
 for name, mesh, accumulate, options in (
     ("data", {"data": 8}, 1, {"scope": "bank", "bank_size": 64, "bank_new": 16}),
     ("fsdp", {"data": 1, "fsdp": 8}, 1, {"scope": "batch"}),
-    ("both", {"data": 2, "fsdp": 4}, 2, {"scope": "image", "symmetric": True, "loss": "hinge"}),
+    ("both", {"data": 2, "fsdp": 4}, 2, {"scope": "image", "symmetric": True, "loss": "hinge", "num_anchors": 4}),
 ):
     contrastive = dataclasses.replace(ALL.contrastive, **options)
     recipe = SemiSupervised(*parts, dataclasses.replace(ALL, contrastive=contrastive), NAMES, SIZE)
