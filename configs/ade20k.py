@@ -21,7 +21,6 @@ def get_config(argument: str = "cast"):
     side = 518 if arguments.encoder.startswith("dinov2") else 448
     config.data.image_size = (side, side)  # (chosen)
     config.steps.distill.train.steps = 80_000
-    config.steps.student_supervised.train.steps = 82_000
     if arguments.smoke:
         common.smoke(config)
         config.data.labelled = 4

@@ -122,8 +122,10 @@ def base(arguments: FrozenConfigDict, file: str) -> ConfigDict:
         "distill": student_step(steps=90_000, pseudo_labels="adapted"),
         "refine": student_step(steps=2_000, start="distill", start_parts=()),
         # The baseline: the same student, updates and images a batch, labels only.
-        "student_supervised": student_step(steps=92_000),
+        "student_supervised": student_step(steps=1),
     }
+    students = [config.steps[name].train.get_ref("steps") for name in ("distill", "refine")]
+    config.steps.student_supervised.train.steps = students[0] + students[1]  # also where those change
     return config
 
 
@@ -305,6 +307,7 @@ def system(config: ConfigDict, arguments: FrozenConfigDict, ema_decay: float | N
         learn_online("distill", 0.999, class_threshold=0.35, mask_threshold=0.3, weighting="quality")  # PAIS
     elif name == "guided_distillation":
         pipeline = ("finetune", "pseudo_label/finetuned", "burn_in", "distill")
+        steps.student_supervised = steps.student_supervised.copy_and_resolve_references()  # distill's will be halved
         steps.finetune = steps.student_supervised.copy_and_resolve_references()
         steps.burn_in = steps.distill.copy_and_resolve_references()
         steps.burn_in.pseudo_labels = "finetuned"
@@ -347,13 +350,14 @@ def tiny_models(config: ConfigDict, image_size: tuple[int, int]) -> None:
 
 
 def small_steps(config: ConfigDict, steps: dict[str, int], *, log_every: int, save_every: int) -> None:
-    """Short schedules of four images an update."""
-    for name, count in steps.items():
-        step = config.steps[name]
+    """Schedules of so many updates of four images; the baseline's follows."""
+    for name, step in config.steps.items():
         semi = bool(step.pseudo_labels)
         step.data.update({"batch_labelled": 2 if semi else 4, "batch_unlabelled": 2 if semi else 0})
         step.optimizer.reference_batch = 4
-        step.train.update({"steps": count, "log_every": log_every, "save_every": save_every})
+        step.train.update({"log_every": log_every, "save_every": save_every})
+        if name in steps:
+            step.train.steps = steps[name]
 
 
 def smoke(config: ConfigDict) -> None:
@@ -371,9 +375,11 @@ def smoke(config: ConfigDict) -> None:
     decoder = {"hidden_dim": 32, "mask_dim": 16, "ffn_dim": 32, "num_layers": 1}
     for role in config.model:
         config.model[role] = {"name": "student_tiny", **small, "mask_decoder": decoder}
-    for step in config.steps.values():
+    for name, step in config.steps.items():
         step.data.batch_labelled = 2
         step.data.batch_unlabelled = 2 if step.pseudo_labels else 0
         step.optimizer.warmup_steps = 1
         step.objective.contrastive.update({"num_negatives": 16, "num_anchors": 32})
-        step.train.update({"steps": 4, "log_every": 1, "save_every": 2})
+        step.train.update({"log_every": 1, "save_every": 2})
+        if name != "student_supervised":  # which follows
+            step.train.steps = 4

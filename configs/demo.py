@@ -13,9 +13,8 @@ STEPS = {
     "adapt": 150,
     "distill": 450,
     "refine": 80,
-    "student_supervised": 530,
 }
-LONG = {"pretrain": 4000, "finetune": 150, "adapt": 150, "distill": 1500, "refine": 100, "student_supervised": 1600}
+LONG = {"pretrain": 4000, "finetune": 150, "adapt": 150, "distill": 1500, "refine": 100}
 
 
 def get_config(argument: str = "cast"):

@@ -15,7 +15,6 @@ STEPS = {
     "adapt": 60,
     "distill": 1050,
     "refine": 150,
-    "student_supervised": 1200,
 }
 
 

@@ -109,6 +109,19 @@ def test_the_papers_hyper_parameters():
     assert steps.distill.objective.criterion.num_points == 12_544
 
 
+@pytest.mark.parametrize("file", FILES)
+def test_the_baseline_has_as_many_updates_as_distill_and_refine(file):
+    for argument in ("cast", "cast,smoke"):
+        config = get_config(file, argument)
+        count = lambda name, steps=config.steps: steps[name].train.steps
+        assert count("student_supervised") == count("distill") + count("refine")
+        config.steps.distill.train.steps = 17
+        config.steps.refine.train.steps = 2
+        assert config.to_dict()["steps"]["student_supervised"]["train"]["steps"] == 19
+        config.steps.student_supervised.train.steps = 5  # but for what one asks for
+        assert (count("student_supervised"), count("distill")) == (5, 17)
+
+
 def test_every_trained_step_is_profiled_on_request():
     config = get_config("cityscapes")
     config.profile.steps = 3

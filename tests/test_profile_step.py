@@ -56,7 +56,7 @@ def test_a_step_is_compiled_timed_and_traced(script, config, tmp_path, capsys):
     assert figures["mfu"] == pytest.approx(figures["flops"] / figures["seconds"] / 0.5e12)
     assert figures["images_per_second"] == pytest.approx(2 / figures["seconds"])
     assert {"criterion", "matching", "optimizer"} <= set(figures["seconds_by_part"])
-    assert all(row in shown for row in ("devices     1 x cpu", "| optimizer |", "4 updates take 0:00:00"))
+    assert all(row in shown for row in ("devices     1 x cpu", "| optimizer |", "8 updates take 0:00:00"))
     assert "% of the peak (MFU)" in shown
     assert figures["seconds_at_peak"] == {"operations": pytest.approx(figures["flops"] / 0.5e12), "traffic": None}
     assert sum(figures["traffic"].values()) > figures["memory"]["arguments"]
