@@ -60,7 +60,8 @@ def check_settings(run: RunConfig, mesh: Mesh) -> None:
             )
     for name in run.steps:
         with _at(f"config.steps.{name}"):
-            _check_step(run, name, mesh)
+            _check_step(run, name)
+    _check_batches(run, mesh)
 
 
 def _check_names(run: RunConfig) -> None:
@@ -91,13 +92,24 @@ def _check_names(run: RunConfig) -> None:
             raise UserError(f"{key}: no weights at {weights_file(given)}{hint}")
 
 
-def _check_step(run: RunConfig, name: str, mesh: Mesh) -> None:
-    """One step's terms, views and batches."""
+def _check_batches(run: RunConfig, mesh: Mesh) -> None:
+    """All steps' that are to run, since other devices or another ``accumulate`` concern most of them."""
+    faults = []
+    for name in filter(run.steps.__contains__, run.order):
+        for group in ("batch_labelled", "batch_unlabelled"):
+            try:
+                check_batch_size(getattr(run.loader_config(name), group), mesh.size, run.steps[name].train.accumulate)
+            except UserError as error:
+                faults.append(f"config.steps.{name}.data.{group}: {error}")
+    if faults:
+        raise UserError("\n  ".join(faults))
+
+
+def _check_step(run: RunConfig, name: str) -> None:
+    """One step's terms and views."""
     step, loader = run.steps[name], run.loader_config(name)
     objective, model = step.objective, segmenter_config(run.model[step.model])
     objective.check_views(loader.views, f"config.steps.{name}")
-    for size in (loader.batch_labelled, loader.batch_unlabelled) if name in run.order else ():
-        check_batch_size(size, mesh.size, step.train.accumulate)
     if objective.pseudo_label_weight and not (step.pseudo_labels and loader.batch_unlabelled):
         raise UserError(
             "objective.pseudo_label_weight is on, which needs pseudo_labels ('finetuned', 'adapted' or 'online') and "

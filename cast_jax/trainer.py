@@ -193,7 +193,7 @@ def train(
                     logger.info("%s: %.2f MB an image to the devices", name, _bytes(batch) / count_images(batch) / 1e6)
                     with watch.measure("compile"), stop.by_force():
                         run.compile(name, state, frozen, batch)
-                    barrier()  # the first exchange of data between processes does not wait long for the slowest one
+                        barrier()  # the first exchange of data between processes does not wait long for the slowest one
                 profile.before(state)
                 with jax.profiler.StepTraceAnnotation(name, step_num=step):
                     state, metrics, finite = run(state, frozen, batch)

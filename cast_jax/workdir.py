@@ -55,7 +55,8 @@ def require_same(config: Mapping[str, Any], workdir: Path) -> None:
     if lines := differences(stored, new):
         listed = "\n  ".join(lines[:20])
         raise UserError(
-            f"{workdir} was made with another configuration; use another --workdir. It differs in\n  {listed}"
+            f"{workdir} was made with another configuration; use another --workdir, or delete the steps' folders there "
+            f"that it concerns, and those of all steps after them. It differs in\n  {listed}"
         )
 
 

@@ -85,6 +85,8 @@ def machine() -> contextlib.AbstractContextManager[None]:
 def profile(config: dict[str, Any], workdir: Path, trace: Path) -> None:
     """Compiles ``config.step``'s update, runs it and prints what it costs."""
     abstract = bool(_ABSTRACT.value or _GPU.value or _TPU.value)
+    if abstract and _TRACE.value:
+        raise UserError("--trace needs an update that runs: leave out --abstract, --gpu and --tpu")
     for flag, file in (("--hlo", _HLO.value), ("--json", _JSON.value)):
         if file:
             make_room(Path(file), flag)

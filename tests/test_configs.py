@@ -452,7 +452,7 @@ def test_arguments_have_types():
         (lambda c: c["steps"]["refine"]["data"].update(batch_labelled=0), "both 0: a batch needs an image"),
         (
             lambda c: c["steps"]["refine"]["train"].update(accumulate=3),
-            r"config\.steps\.refine: a batch of 8 cannot be split over 1 devices and there into 3 micro-batches",
+            r"refine\.data\.batch_labelled: a batch of 8 cannot be split over 1 devices and there into 3 micro-batches",
         ),
         (
             lambda c: c["model"]["student"].update(encoder={"remat": "all"}),

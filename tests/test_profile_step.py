@@ -83,6 +83,14 @@ def test_where_nothing_can_be_written_is_said_before_compiling(script, config, t
         script.profile(config | {"step": ""}, tmp_path, place if flag == "trace" else tmp_path / "trace")
 
 
+def test_nothing_is_traced_that_does_not_run(script, config, tmp_path):
+    with (
+        flagsaver.flagsaver(trace=str(tmp_path / "trace"), abstract=True),
+        pytest.raises(UserError, match="--trace needs an update that runs: leave out --abstract"),
+    ):
+        script.profile(config, tmp_path, tmp_path / "trace")
+
+
 def test_a_step_is_compiled_for_one_kind_of_absent_devices(script, monkeypatch):
     flags.FLAGS(["profile_step"])
     for kind, flag in (("gpus", {"gpu": "l4"}), ("tpu_slice", {"tpu": "v5e:2x2"})):

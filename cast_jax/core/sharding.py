@@ -42,8 +42,8 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     fixed = int(np.prod([sizes[axis] for axis in AXES if sizes[axis] != -1]))
     if len(free) > 1 or fixed < 1 or len(devices) % fixed or (not free and fixed != len(devices)):
         raise UserError(
-            f"mesh {sizes} does not fit {len(devices)} devices; at most one axis is -1, the others divide. On fewer "
-            "devices: hide the others (CUDA_VISIBLE_DEVICES=0,1)"
+            f"mesh {sizes} does not fit {len(devices)} devices; at most one axis is -1, the others divide: set "
+            "config.mesh (which no checkpoint depends on), or hide some of the devices (CUDA_VISIBLE_DEVICES=0,1)"
         )
     shape_ = [len(devices) // fixed if sizes[axis] == -1 else sizes[axis] for axis in AXES]
     return Mesh(np.asarray(devices).reshape(shape_), AXES)

@@ -57,18 +57,23 @@ def check_sources(
 
     Raises:
       DataError: a source without images, an unreadable image (unless skipped), no instance in ``labelled`` or ``val``,
-        or other categories in ``val`` than in ``labelled``.
+        or other categories in ``val`` than in ``labelled``; of all sources at once.
     """
     if labelled is not None and val is not None:
         require_same_categories(labelled.categories, val.categories, "val")
-    reports = {
-        name: None if source is None else check_source(name, source, cap, on_unreadable, seen)
-        for name, source, cap in (
-            ("labelled", labelled, max_instances),
-            ("unlabelled", unlabelled, max_instances),
-            ("val", val, None),  # evaluation compares with every instance
-        )
-    }
+    reports: dict[str, SourceReport | None] = {}
+    faults = []
+    for name, source, cap in (
+        ("labelled", labelled, max_instances),
+        ("unlabelled", unlabelled, max_instances),
+        ("val", val, None),  # evaluation compares with every instance
+    ):
+        try:
+            reports[name] = None if source is None else check_source(name, source, cap, on_unreadable, seen)
+        except DataError as error:
+            faults.append(str(error))
+    if faults:
+        raise DataError("\n".join(faults))
     given = {name: report for name, report in reports.items() if report}
     shared = shared_pictures(same_pixels({name: report.look.findings for name, report in given.items()})).values()
     for text in shared:

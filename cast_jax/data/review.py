@@ -100,7 +100,10 @@ def _import_labels(folder: Path, reviewed: Path) -> dict[str, Any]:
         ("has unknown", sorted(set(names.values()) - lines.keys())),
     ):
         if files:
-            raise DataError(f"{reviewed}: {problem} images: {name_some(files)}; all of the export's must be there")
+            raise DataError(
+                f"{reviewed}: {problem} images: {name_some(files)}; all of the export's must be there, and no "
+                "others, by their file_name (folders too)"
+            )
     for image in content["images"]:
         if (size := (image["height"], image["width"])) != (wanted := _size(lines[image["file_name"]])):
             raise DataError(f"{reviewed}: {image['file_name']} is {size} pixels (height, width), in {folder} {wanted}")

@@ -144,6 +144,14 @@ def test_truncated_images_are_found_before_training(tmp_path):
     assert "on_unreadable" in str(caught.value)
 
 
+def test_the_faults_of_all_sets_are_told_at_once(tmp_path):
+    labelled, pool = _coco(tmp_path, "labelled", [1, 1]), _folder(tmp_path / "pool", 2)
+    _cut(labelled, 1)
+    _cut(pool, 0)
+    with pytest.raises(DataError, match=r"(?s)labelled source has 1 .*1\.png.*\nthe unlabelled source has 1 .*0\.png"):
+        check_sources(labelled, pool, _coco(tmp_path, "val", [1]), max_instances=5)
+
+
 def test_unreadable_images_are_left_out_and_counted_when_asked(tmp_path):
     labelled = _coco(tmp_path, "labelled", [1, 2, 3, 4])
     _cut(labelled, 1)
