@@ -70,8 +70,8 @@ def contrastive_loss(
     (K terms, scaled by 1/τ), even where pseudo-labels are wrong. The metrics measure 1 - α and the margin.
 
     The pixels are the strong view's. No gradient flows through ``g``, ``valid`` or the draws. Embeddings need not be
-    normalised (reading them bilinearly shortens them); computed in float32 or wider, but for the negatives' products,
-    which are of bfloat16 on accelerators. Every anchor counts alike.
+    normalised (reading them bilinearly shortens them); computed in float32 or wider, but for the negatives' products
+    and their gradients', which are of bfloat16 on accelerators. Every anchor counts alike.
 
     Args:
         z_weak: the weak view's embeddings, read at the strong pixels' counterparts: the anchors.
