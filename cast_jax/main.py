@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
         setup_logging(workdir / "log.txt")
         for note in platform_notes():
             logger.warning("%s", note)
-        with StopSignals() as stop, stop.by_force():
+        with StopSignals() as stop, stop.by_force(distributed.patience()):
             pipeline.run(config, workdir)
     except (UserError, DivergedError, OSError) as error:
         full = is_full(error)

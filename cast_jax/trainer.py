@@ -7,6 +7,7 @@ few steps late. Running the same command again continues from the last checkpoin
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from jaxtyping import Array, Bool
 from cast_jax.core import metrics as metric
 from cast_jax.core.checkpoint import Checkpoints, TrainState
 from cast_jax.core.config import check_ranges
-from cast_jax.core.distributed import StopTogether, agreed, barrier, gather, is_first
+from cast_jax.core.distributed import StopTogether, agreed, barrier, gather, is_first, patience
 from cast_jax.core.errors import DataError, DivergedError, UserError
 from cast_jax.core.files import read_json, write_json
 from cast_jax.core.logging import MetricsWriter, read_metrics
@@ -144,7 +145,8 @@ def train(
     Raises:
       DivergedError: a loss or gradient became NaN or infinite. Nothing is saved from that step on.
       SystemExit: code 128 + signal after SIGTERM or SIGINT, once the current step is saved; of several processes,
-        all stop after the same step if one of them gets a signal.
+        all stop after the same step if one of them gets a signal. Before the first update, when there is nothing to
+        save, the signal ends the process at once.
       UserError: a configuration, checkpoint or initial parameters that do not fit.
     """
     folder = Path(folder)
@@ -152,7 +154,9 @@ def train(
     with (
         Checkpoints(folder / "checkpoints", keep=config.keep, best_metric=config.best_metric) as checkpoints,
         StopSignals() as stop,
+        contextlib.ExitStack() as until_the_first_update,
     ):
+        until_the_first_update.enter_context(stop.by_force(patience()))
         stop_together = StopTogether(RUN_AHEAD)
         if (found := max(checkpoints.latest() or 0, done["step"] if done else 0)) > config.steps or (
             done and done["step"] != config.steps
@@ -161,6 +165,7 @@ def train(
         restored = checkpoints.restore(run.like)
         if done is not None and restored is not None and int(restored.state.step) == config.steps:
             logger.info("%s: finished already, at step %d", name, done["step"])
+            until_the_first_update.close()
             if export is not None:  # what it exported may be gone, or damaged
                 export(_shown(restored.state, config), "last")
             _stop_if_any(stop)
@@ -191,9 +196,10 @@ def train(
                     batch = shard_batch(_next(loader, name, step, stop), run.mesh)
                 if step == start + 1:
                     logger.info("%s: %.2f MB an image to the devices", name, _bytes(batch) / count_images(batch) / 1e6)
-                    with watch.measure("compile"), stop.by_force():
+                    with watch.measure("compile"):
                         run.compile(name, state, frozen, batch)
-                        barrier()  # the first exchange of data between processes does not wait long for the slowest one
+                    barrier()  # the first exchange of data between processes does not wait long for the slowest one
+                    until_the_first_update.close()
                 profile.before(state)
                 with jax.profiler.StepTraceAnnotation(name, step_num=step):
                     state, metrics, finite = run(state, frozen, batch)

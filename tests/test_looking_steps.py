@@ -50,6 +50,13 @@ def workdir(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def audited(workdir) -> Path:
+    """The same, after an audit."""
+    pipeline.run(config("audit"), workdir)
+    return workdir
+
+
 def test_evaluate_leaves_the_official_ap(workdir, monkeypatch):
     seen = []
 
@@ -114,9 +121,8 @@ def test_a_step_records_its_pseudo_labels_and_goes_on_with_no_others(workdir, tm
     assert len(json.loads((tmp_path / "adapt" / "pseudo_labels.json").read_text())["reviewed"]) == 16
 
 
-def test_an_audit_of_an_untrained_teacher(workdir):
-    pipeline.run(config("audit"), workdir)
-    folder = workdir / "audit"
+def test_an_audit_of_an_untrained_teacher(audited):
+    workdir, folder = audited, audited / "audit"
     report = json.loads((folder / "audit.json").read_text())
     assert "Audit: pseudo-labels against hidden labels" in (workdir / "report.html").read_text()
     assert report["images"] == len(report["hidden_images"]) == 1
@@ -141,15 +147,15 @@ def test_the_audited_teacher_never_sees_what_is_hidden(workdir):
         assert ids[0] | ids[1] == everything
 
 
-def test_an_audit_is_of_its_share_and_its_teacher(workdir, tmp_path):
+def test_an_audit_is_of_its_share_and_its_teacher(audited, tmp_path):
     values = config("audit")
     values["audit"]["share"] = 0.5
     with pytest.raises(UserError, match=r"config\.audit\.share: 0\.25 -> 0\.5"):
-        pipeline.run(values, workdir)
+        pipeline.run(values, audited)
     values = config("audit")
     values["steps"]["finetune"]["optimizer"]["learning_rate"] = 0.5
     with pytest.raises(UserError, match=r"config\.steps\.finetune\.optimizer\.learning_rate"):
-        pipeline.run(values, workdir)
+        pipeline.run(values, audited)
     with pytest.raises(UserError, match="it needs two labelled images"):
         pipeline.run(config("audit", labelled=1), tmp_path)
     values = config("audit")

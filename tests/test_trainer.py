@@ -307,14 +307,38 @@ class SlowLoader(ToyLoader):
 def test_a_loader_whose_workers_a_signal_ended_is_not_to_blame(tmp_path):
     class Ended(SlowLoader):
         def __next__(self):
-            super().__next__()
-            raise DataError("a worker process of the data loader died")
+            batch = super().__next__()
+            if self.position > 1:  # after the first update: before it a signal ends everything at once
+                raise DataError("a worker process of the data loader died")
+            return batch
 
     with pytest.raises(SystemExit) as stopped:
-        train(Regression(), config=toy_config(20), folder=tmp_path / "toy", loader=Ended(0, signal.SIGTERM))
+        train(Regression(), config=toy_config(20), folder=tmp_path / "toy", loader=Ended(1, signal.SIGTERM))
     assert stopped.value.code == 143
     with pytest.raises(DataError):
-        train(Regression(), config=toy_config(20), folder=tmp_path / "toy", loader=Ended(1, signal.SIGTERM))
+        train(Regression(), config=toy_config(20), folder=tmp_path / "toy", loader=Ended(2, signal.SIGTERM))
+
+
+BEFORE_THE_FIRST_UPDATE = """
+import logging, signal, sys
+from pathlib import Path
+from test_trainer import Regression, SlowLoader, toy_config
+from cast_jax.trainer import train
+logging.basicConfig()
+train(Regression(), config=toy_config(20), folder=Path(sys.argv[1]), loader=SlowLoader(0, signal.SIGTERM))
+"""
+
+
+def test_a_signal_before_the_first_update_ends_the_process_at_once(tmp_path):
+    """Of several processes one may wait in a call that Python cannot interrupt, for another that is gone already."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))
+    }
+    command = [sys.executable, "-c", BEFORE_THE_FIRST_UPDATE, str(tmp_path / "toy")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 143, done.stderr
+    assert "SIGTERM: stopping; run the same command again" in done.stderr
+    assert list((tmp_path / "toy" / "checkpoints").iterdir()) == []
 
 
 @pytest.mark.usefixtures("interruptible")

@@ -151,6 +151,14 @@ def is_first() -> bool:
     return not several() or jax.process_index() == 0
 
 
+def patience() -> float:
+    """Seconds for which a process that got a signal waits for others that got it, too.
+
+    The first one does: it serves the others, who without it would be aborted, with stacks, instead of ended.
+    """
+    return 2.0 if several() and is_first() else 0.0
+
+
 def barrier() -> None:
     """Waits until all processes are here."""
     if several():

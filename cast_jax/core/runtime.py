@@ -148,6 +148,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: int | None = None
         self._at_once = self._by_force = False
+        self._patience = 0.0
         self._previous: dict[int, Any] = {}
         self._wakeup: int | None = None
 
@@ -173,10 +174,13 @@ class StopSignals:
             self._at_once = False
 
     @contextlib.contextmanager
-    def by_force(self) -> Iterator[None]:
+    def by_force(self, patience: float = 0.0) -> Iterator[None]:
         """Within, a signal ends the process even inside a call that Python cannot interrupt, such as compiling.
 
         Nothing is cleaned up: for work that a kill cannot harm. Another ``StopSignals`` within acts in its place.
+
+        Args:
+          patience: seconds until the end, see :func:`cast_jax.core.distributed.patience`.
         """
         self.exit_if_received()
         if threading.current_thread() is not threading.main_thread():
@@ -191,7 +195,7 @@ class StopSignals:
                     time.sleep(0.2)  # where Python can be interrupted, its handler ends the process
                     self._end(number[0])
 
-        self._by_force = True
+        self._by_force, self._patience = True, patience
         thread = threading.Thread(target=wait, name="signals", daemon=True)
         thread.start()
         previous = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -224,6 +228,7 @@ class StopSignals:
 
     def _end(self, number: int) -> NoReturn:
         logger.warning(_STOPPING, signal.Signals(number).name)
+        time.sleep(self._patience)
         end(128 + number)
 
     def _restore(self) -> None:
