@@ -4,6 +4,7 @@ python scripts/benchmark.py contrastive      the contrastive loss with its gradi
 python scripts/benchmark.py samplers         the three samplers of negatives
 python scripts/benchmark.py gradient_noise   what sharing proposals does to the contrastive gradient
 python scripts/benchmark.py step             a whole update of the student against PyTorch (needs torch)
+python scripts/benchmark.py contrast_share   how much longer contrast makes that update
 python scripts/benchmark.py criterion        the student's criterion with its gradient against PyTorch (needs torch)
 python scripts/benchmark.py matching         queries and instances against optax and SciPy
 python scripts/benchmark.py loop             what the training loop and its loader add to the update itself
@@ -35,6 +36,7 @@ BENCHMARKS = {  # module and function
     "samplers": ("contrastive", "samplers"),
     "gradient_noise": ("contrastive", "gradient_noise"),
     "step": ("step", "student_step"),
+    "contrast_share": ("step", "contrast_share"),
     "criterion": ("criterion", "criterion"),
     "matching": ("matching", "matching"),
     "loop": ("loop", "loop"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from benchmarks import torch_step
-from benchmarks.timing import median
+from benchmarks.timing import median, medians
 from benchmarks.torch_contrastive import Contrast, blocked, literal
 
 from cast_jax.contrastive.config import ContrastiveConfig
@@ -25,6 +26,9 @@ from cast_jax.models.student import ProjectionHead, StudentConfig
 from cast_jax.recipes.semi_supervised import ObjectiveConfig, SemiSupervised
 from cast_jax.trainer import TrainConfig, make_step
 
+SPEC = {"name": "student_s", "encoder": {"remat": "none"}}
+CLASSES = 8
+
 
 def student_step(repeats: int) -> list[dict[str, Any]]:
     """An update of ``student_s`` from labels, pseudo-labels and contrast (K = 256), and of labels alone, with AdamW.
@@ -33,13 +37,9 @@ def student_step(repeats: int) -> list[dict[str, Any]]:
     in bfloat16. Two views of each, 20 instances; against PyTorch's (``torch_step.py``) in eager mode, on a GPU also
     compiled. Ratios are to PyTorch's time for the same row, by its literal and by its blocked contrastive loss.
     """
-    size, images, classes = ((252, 504), 1, 8) if jax.default_backend() == "cpu" else ((518, 1036), 4, 8)
-    spec = {"name": "student_s", "encoder": {"remat": "none"}}
-    config = segmenter_config(spec)
+    config = segmenter_config(SPEC)
     assert isinstance(config, StudentConfig)
-    groups = {
-        name: _group(jax.random.key(i), images, size, 20, classes) for i, name in enumerate(("labelled", "unlabelled"))
-    }
+    groups, images = _groups()
     rows = []
     for name, parts, anchors in (
         ("refine", ("labelled",), 0),
@@ -48,7 +48,8 @@ def student_step(repeats: int) -> list[dict[str, Any]]:
         ("distill, 4,096 anchors", ("labelled", "unlabelled"), 4_096),
     ):
         batch = {part: groups[part] for part in parts}
-        seconds, step, compiling = _our_update(spec, size, classes, batch, anchors, repeats)
+        ours, step, compiling = _our_update(batch, anchors)
+        seconds = median(ours, repeats)
         row = {"update": name, "jax s": seconds, "images/s": len(parts) * images / seconds, "compiling s": compiling}
         row["TFLOP"] = sum(sum(matrix_flops(traced.jaxpr.jaxpr).values()) for traced in step.traced) / 1e12
         row["GiB (jax)"] = (memory_bytes(step.programs[0]) or 0) / 2**30
@@ -58,7 +59,7 @@ def student_step(repeats: int) -> list[dict[str, Any]]:
             if contrast is None and kind == "blocked":
                 continue
             for how in ("eager", "compiled") if torch_step.DEVICE == "cuda" else ("eager",):
-                update = torch_step.Update(config, classes, theirs, contrast, compiled=how == "compiled")
+                update = torch_step.Update(config, CLASSES, theirs, contrast, compiled=how == "compiled")
                 row[f"{kind if anchors else 'torch'} {how} / jax"] = median(update, repeats) / seconds
                 del update
         rows.append({key: float(f"{value:.3g}") if isinstance(value, float) else value for key, value in row.items()})
@@ -67,13 +68,30 @@ def student_step(repeats: int) -> list[dict[str, Any]]:
     return [{column: row.get(column, "") for column in columns} for row in rows]
 
 
-def _our_update(
-    spec: dict[str, Any], size: tuple[int, int], classes: int, batch: dict[str, Any], anchors: int, repeats: int
-) -> tuple[float, TrainStep, float]:
-    """Median seconds of an update, the step, and the seconds it took to compile."""
-    dtype = compute_dtype()
-    segmenter = build_segmenter(spec, [str(n) for n in range(classes)], size, dtype=dtype)
-    features = segmenter_config(spec).feature_dim
+def contrast_share(repeats: int) -> list[dict[str, Any]]:
+    """How much longer contrast makes the ``distill`` update of :func:`student_step`; the three take turns."""
+    groups, _ = _groups()
+    updates = {f"{anchors:,} anchors": _our_update(groups, anchors)[0] for anchors in (0, 1_024, 4_096)}
+    seconds = medians(updates, repeats)
+    without = next(iter(seconds.values()))
+    return [
+        {"distill": name, "s": f"{value:.3g}", "longer, %": f"{100 * (value / without - 1):.1f}"}
+        for name, value in seconds.items()
+    ]
+
+
+def _groups() -> tuple[dict[str, Any], int]:
+    """Labelled and pseudo-labelled images, and how many of each."""
+    size, images = ((252, 504), 1) if jax.default_backend() == "cpu" else ((518, 1036), 4)
+    names = ("labelled", "unlabelled")
+    return {name: _group(jax.random.key(i), images, size, 20, CLASSES) for i, name in enumerate(names)}, images
+
+
+def _our_update(batch: dict[str, Any], anchors: int) -> tuple[Callable[[], None], TrainStep, float]:
+    """An update, its step, and the seconds it took to compile."""
+    dtype, size = compute_dtype(), batch["labelled"]["weak"]["image"].shape[1:3]
+    segmenter = build_segmenter(SPEC, [str(n) for n in range(CLASSES)], size, dtype=dtype)
+    features = segmenter_config(SPEC).feature_dim
     projection = Functional(lambda rngs: ProjectionHead(features, 128, dtype=dtype, rngs=rngs))
     objective = ObjectiveConfig(
         pseudo_label_weight=float("unlabelled" in batch),
@@ -91,7 +109,7 @@ def _our_update(
         state, _, finite = step(state, {}, batch)
         jax.block_until_ready(finite)
 
-    return median(update, repeats), step, compiling
+    return update, step, compiling
 
 
 def _group(key: jax.Array, count: int, size: tuple[int, int], instances: int, classes: int) -> dict[str, Any]:
