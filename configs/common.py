@@ -307,13 +307,15 @@ def system(config: ConfigDict, arguments: FrozenConfigDict, ema_decay: float | N
         learn_online("distill", 0.999, class_threshold=0.35, mask_threshold=0.3, weighting="quality")  # PAIS
     elif name == "guided_distillation":
         pipeline = ("finetune", "pseudo_label/finetuned", "burn_in", "distill")
-        steps.student_supervised = steps.student_supervised.copy_and_resolve_references()  # distill's will be halved
         steps.finetune = steps.student_supervised.copy_and_resolve_references()
         steps.burn_in = steps.distill.copy_and_resolve_references()
         steps.burn_in.pseudo_labels = "finetuned"
-        steps.burn_in.train.steps = steps.distill.train.steps // 2  # (chosen)
         steps.burn_in.objective.pseudo_label_views = ("strong",)
-        steps.distill.train.steps -= steps.burn_in.train.steps
+        steps.distill.train.steps //= 2  # (chosen)
+        half, refined = (steps[step].train.get_ref("steps") for step in ("distill", "refine"))
+        steps.burn_in.train.steps = half
+        for step in ("finetune", "student_supervised"):
+            steps[step].train.steps = half + half + refined
         learn_online("distill", 0.9996, "burn_in", class_threshold=0.7)  # Guided Distillation
         for step in ("burn_in", "distill"):
             steps[step].objective.pseudo_label_weight = 2.0  # Guided Distillation

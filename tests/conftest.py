@@ -32,3 +32,16 @@ def interruptible():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="module")
+def toy_cache(tmp_path_factory):
+    """A compilation cache for a file whose tests compile the same step, shared with the processes that it starts."""
+    folder = tmp_path_factory.mktemp("cache")
+    settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0}
+    previous = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield folder
+    for name, value in previous.items():
+        jax.config.update(name, value)

@@ -1,14 +1,10 @@
-"""The loop on a toy recipe: what it computes, what it leaves on disk, and that killing it changes nothing."""
+"""The loop on a toy recipe: what it computes, and what it leaves on disk."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -29,18 +25,7 @@ from cast_jax.core.profiling import ProfileConfig
 from cast_jax.core.step import count_images
 from cast_jax.trainer import finished, train
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Most tests compile the same step: a compilation cache for this file, shared with the processes that it starts."""
-    folder = tmp_path_factory.mktemp("cache")
-    settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0}
-    previous = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield folder
-    for name, value in previous.items():
-        jax.config.update(name, value)
+pytestmark = pytest.mark.usefixtures("toy_cache")
 
 
 def lines(folder):
@@ -290,113 +275,6 @@ def test_images_of_all_groups_are_counted():
     assert count_images({"x": np.zeros((7, 2)), "y": np.zeros(7)}) == 7
 
 
-class SlowLoader(ToyLoader):
-    """Sends a signal to this very process before a given batch."""
-
-    def __init__(self, at: int, number: int):
-        super().__init__()
-        self.at, self.number = at, number
-
-    def __next__(self):
-        if self.position == self.at:
-            os.kill(os.getpid(), self.number)
-        return super().__next__()
-
-
-@pytest.mark.usefixtures("interruptible")
-def test_a_loader_whose_workers_a_signal_ended_is_not_to_blame(tmp_path):
-    class Ended(SlowLoader):
-        def __next__(self):
-            batch = super().__next__()
-            if self.position > 1:  # after the first update: before it a signal ends everything at once
-                raise DataError("a worker process of the data loader died")
-            return batch
-
-    with pytest.raises(SystemExit) as stopped:
-        train(Regression(), config=toy_config(20), folder=tmp_path / "toy", loader=Ended(1, signal.SIGTERM))
-    assert stopped.value.code == 143
-    with pytest.raises(DataError):
-        train(Regression(), config=toy_config(20), folder=tmp_path / "toy", loader=Ended(2, signal.SIGTERM))
-
-
-BEFORE_THE_FIRST_UPDATE = """
-import logging, signal, sys
-from pathlib import Path
-from test_trainer import Regression, SlowLoader, toy_config
-from cast_jax.trainer import train
-logging.basicConfig()
-train(Regression(), config=toy_config(20), folder=Path(sys.argv[1]), loader=SlowLoader(0, signal.SIGTERM))
-"""
-
-
-def test_a_signal_before_the_first_update_ends_the_process_at_once(tmp_path):
-    """Of several processes one may wait in a call that Python cannot interrupt, for another that is gone already."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))
-    }
-    command = [sys.executable, "-c", BEFORE_THE_FIRST_UPDATE, str(tmp_path / "toy")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 143, done.stderr
-    assert "SIGTERM: stopping; run the same command again" in done.stderr
-    assert list((tmp_path / "toy" / "checkpoints").iterdir()) == []
-
-
-@pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, caplog, number, code):
-    previous = signal.getsignal(number)
-    config, folder = toy_config(20, save_every=100), tmp_path / "toy"
-    with caplog.at_level("WARNING", "cast_jax"), pytest.raises(SystemExit) as stopped:
-        train(Regression(), config=config, folder=folder, loader=SlowLoader(10, number))
-    assert stopped.value.code == code
-    assert "saved step 11; run the same command again to continue" in caplog.text
-    assert signal.getsignal(number) is previous
-    continued = train(Regression(), config=config, folder=folder, loader=ToyLoader())
-    assert digest(continued.params) == digest(run_toy(tmp_path / "whole", 20).params)
-    assert continued.images == 20 * BATCH
-    assert [line["step"] for line in lines(folder)] == [5, 10, 15, 20]
-
-
-def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, cache):
-    steps, seed = 60, random.randrange(2**32)
-    rng = random.Random(seed)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
-    environment |= {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    program = [
-        sys.executable,
-        str(Path(__file__).parent / "toy_training.py"),
-        str(tmp_path / "killed"),
-        str(steps),
-        "0.02",
-    ]
-    checkpoints = tmp_path / "killed" / "checkpoints"
-    saved, kills = -1, 0
-    while kills < 3:
-        process = subprocess.Popen(program, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        # Wait for a checkpoint that this process made, then kill it anywhere: in a step, in a save, in a deletion.
-        while process.poll() is None and newest(checkpoints) <= saved:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0.0, 0.5))
-        process.kill()
-        _, error = process.communicate()
-        assert process.returncode in (-signal.SIGKILL, 0), error.decode()
-        saved, kills = newest(checkpoints), kills + 1
-    final = subprocess.run(program, env=environment, check=True, capture_output=True, text=True).stdout.split()[-1]
-    whole = run_toy(tmp_path / "whole", steps)
-    assert final == digest(whole.params), f"differs after kills at moments of seed {seed}"
-    training = [line for line in lines(tmp_path / "killed") if "loss/total" in line]
-    assert [line["step"] for line in training] == list(range(5, steps + 1, 5))
-    assert finished(tmp_path / "killed")["images"] == steps * BATCH
-
-
-def newest(checkpoints: Path) -> int:
-    names = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
-    return max((int(name) for name in names if name.isdigit()), default=-1)
-
-
 def test_updates_of_a_run_are_profiled(tmp_path, caplog):
     """The numbers do not change, and the report is of these updates."""
     plain = run_toy(tmp_path / "plain", 8)
@@ -428,22 +306,6 @@ def test_the_memory_of_a_step_is_said_before_it_runs(tmp_path, caplog, monkeypat
     known = {2**40: " of 1,024.0 GiB", 64: " of 0.0 MiB"}.get(limit, "")
     assert f"toy step: 0.0 MiB{known} a device" in caplog.text
     assert ("needs more memory than there is" in caplog.text) == warns
-
-
-@pytest.mark.usefixtures("interruptible")
-def test_a_signal_during_the_last_export_ends_the_run_after_it(tmp_path):
-    folder, exported = tmp_path / "toy", []
-
-    def export(params, which: str) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        exported.append(which)
-
-    for _ in range(2):  # training, and what a finished step does
-        with pytest.raises(SystemExit) as stopped:
-            train(Regression(), config=toy_config(5), folder=folder, loader=ToyLoader(), export=export)
-        assert stopped.value.code == 143
-        assert finished(folder)["step"] == 5
-    assert exported == ["last", "last"]
 
 
 def test_the_operation_that_makes_a_nan_is_found_on_request(tmp_path):

@@ -164,13 +164,13 @@ def look_at(name: str, source: Source, seen: SeenImages | None = None) -> Look:
 
 def _facts(source: Source, index: int, record: ImageRecord, seen: SeenImages | None) -> ImageFacts:
     if seen is None or not record.path.is_file():
-        return image_facts(record, source.image(index))
+        return _image_facts(record, source.image(index))
     if (facts := seen[record.path]) is None:
-        facts = seen[record.path] = image_facts(record, source.image(index))
+        facts = seen[record.path] = _image_facts(record, source.image(index))
     return facts
 
 
-def image_facts(record: ImageRecord, image: UInt8[np.ndarray, "height width 3"]) -> ImageFacts:
+def _image_facts(record: ImageRecord, image: UInt8[np.ndarray, "height width 3"]) -> ImageFacts:
     """The facts of a decoded image. Raises :class:`DataError` as :func:`cast_jax.data.sources.base.read_header`."""
     header = dataclasses.asdict(read_header(record.path)) if record.path.is_file() else {}
     return ImageFacts(pixel_digest(image), int(image.max()), *image.shape[:2], **header)

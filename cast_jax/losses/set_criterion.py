@@ -73,8 +73,8 @@ def set_terms(
     )
     with jax.named_scope("matching"):
         costs_of = functools.partial(_matching_costs, config=config)
-        found = jax.lax.stop_gradient(layers)
-        costs, free = over_images(costs_of, keys[:, 0], found, targets.labels, compared, soft_ignore)
+        fixed = jax.lax.stop_gradient(layers)
+        costs, free = over_images(costs_of, keys[:, 0], fixed, targets.labels, compared, soft_ignore)
         matches = match_all(jnp.swapaxes(costs, 0, 1), targets.valid)
         queries, matched = (jnp.swapaxes(found, 0, 1) for found in matches)
     chosen = jnp.take_along_axis(layers.embeddings, queries[..., None], axis=2)
