@@ -243,7 +243,7 @@ class Pipeline:
 
     def _initial_params(self, recipe: SemiSupervised, starts: Sequence[Start]) -> Params:
         """Weights of ``starts``, and elsewhere random ones, the same in every step: what is compared begins alike."""
-        # XLA:CPU would spend most of a minute optimising a program that runs once.
+        # Optimising a program that runs once would only pay for large models, and round otherwise in the last bit.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         params = jax.jit(recipe.init, compiler_options=options)(jax.random.key(self.config.seed))
         for start in starts:

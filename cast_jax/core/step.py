@@ -116,7 +116,8 @@ class TrainStep:
     def initial_state(self, params: Any = None) -> TrainState:
         """Step 0 from ``params`` (copied), or from ``recipe.init``. Raises :class:`UserError` where they do not fit."""
         if params is None:
-            params = jax.jit(self.recipe.init, out_shardings=self._param_shardings)(self._init_key)
+            init = jax.jit(self.recipe.init, out_shardings=self._param_shardings, compiler_options=_compiler_options())
+            params = init(self._init_key)
         else:
             _check_params(params, self._params)
             params = shard_params(params, self._param_shardings)

@@ -203,7 +203,7 @@ class DinoV2(nnx.Module):
         if config.num_register_tokens:
             self.register_tokens = embedding(config.num_register_tokens)
         self.position_embedding = embedding(1 + config.position_grid**2)
-        self.blocks = Stack(lambda: Block(config, **options, rngs=rngs), config.depth)
+        self.blocks = Stack(functools.partial(Block, config, **options), config.depth, rngs=rngs)
         self.norm = LayerNorm(config.embed_dim, epsilon=1e-6, **options, rngs=rngs)
 
     def __call__(

@@ -14,6 +14,8 @@ import jax
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
+from cast_jax.models.keys import Keys
+
 Params = dict[str, Any]
 
 
@@ -22,8 +24,8 @@ class Functional:
 
     def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
         """``build`` makes the module from its random streams; it must hold no state but parameters."""
-        self._init = jax.jit(lambda key: _to_tree(nnx.split(build(_streams(key)))[1]))
-        module = nnx.eval_shape(lambda: build(_streams(jax.random.key(0))))
+        self._init = jax.jit(lambda key: _to_tree(nnx.split(build(Keys(key).as_rngs()))[1]))
+        module = nnx.eval_shape(lambda: build(Keys(jax.random.key(0)).as_rngs()))
         self.graphdef, self._state = nnx.split(module)
         self._arguments = frozenset(inspect.signature(module).parameters)
 
@@ -47,28 +49,6 @@ class Functional:
     def _to_state(self, params: Params) -> nnx.State:
         leaves = {path: variable.replace(_lookup(params, path)) for path, variable in nnx.to_flat_state(self._state)}
         return nnx.from_flat_state(leaves)
-
-
-class _Stream(nnx.RngStream):
-    """The keys of ``nnx.RngStream``, counted on the host.
-
-    The original counts in an array, and looks at its sharding each time; that of a traced array takes a search through
-    all that was traced before: 18 s instead of 2 to describe a model of 900 tensors.
-    """
-
-    def __init__(self, key: PRNGKeyArray):
-        super().__init__(key, tag="params")
-        self.drawn = 0
-
-    def __call__(self) -> PRNGKeyArray:
-        self.drawn += 1
-        return jax.random.fold_in(self.key[...], self.drawn - 1)
-
-
-def _streams(key: PRNGKeyArray) -> nnx.Rngs:
-    streams = nnx.Rngs(params=key)
-    streams.params = _Stream(key)  # type: ignore[attr-defined]
-    return streams
 
 
 def count_parameters(params: Params) -> int:

@@ -9,6 +9,7 @@ Gao et al. 2021), so that a model trained from scratch separates neighbours from
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from itertools import accumulate
 from typing import Any
@@ -162,7 +163,7 @@ class MaskDecoder(nnx.Module):
         num_free = 1 if config.query_stride else config.num_queries
         self.query_content = nnx.Param(jax.random.normal(rngs.params(), (num_free, dim)))
         self.query_positions = nnx.Param(jax.random.normal(rngs.params(), (num_free, dim)))
-        self.layers = Stack(lambda: DecoderLayer(config, dtype=dtype, rngs=rngs), config.num_layers)
+        self.layers = Stack(functools.partial(DecoderLayer, config, dtype=dtype), config.num_layers, rngs=rngs)
         self.norm = LayerNorm(dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.class_head = linear(dim, num_classes + 1)
         self.mask_head = MLP(dim, config.mask_dim, dtype=dtype, rngs=rngs)

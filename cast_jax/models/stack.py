@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cast_jax.core.sharding import gathered
+from cast_jax.models.keys import Keys
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
@@ -21,10 +22,22 @@ class Stack(nnx.Module, Generic[Layer]):
     not ``count`` times, and the optimiser meets as many arrays as one layer has.
     """
 
-    def __init__(self, make: Callable[[], Layer], count: int):
-        graphs, states = zip(*(nnx.split(make()) for _ in range(count)), strict=True)
+    def __init__(self, make: Callable[..., Layer], count: int, *, rngs: nnx.Rngs):
+        """``make(rngs=...)`` makes a layer; each from the keys that it would have if they were made in turn."""
+        keys, draws = Keys.of(rngs), 0
+
+        def described() -> Layer:
+            nonlocal draws
+            own = Keys(keys.key[...])
+            layer = make(rngs=own.as_rngs())
+            draws = own.drawn
+            return layer
+
+        graph, _ = nnx.split(nnx.eval_shape(described))
+        parameters = jax.vmap(lambda number: nnx.split(make(rngs=keys.later(number * draws).as_rngs()))[1])
         # The name is ``core.rules.EACH``, by which rules and conversion know stacks.
-        self.each: Layer = nnx.merge(graphs[0], jax.tree.map(lambda *arrays: jnp.stack(arrays), *states))
+        self.each: Layer = nnx.merge(graph, parameters(jnp.arange(count)))
+        keys.drawn += count * draws
         self.count = count
 
     def scan(

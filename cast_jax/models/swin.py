@@ -232,7 +232,7 @@ class Swin(nnx.Module):
         stages, norms = [], []
         for stage, (width, depth) in enumerate(zip(config.map_widths, config.depths, strict=True)):
             sizes = width, config.num_heads[stage], config.window_size, config.remat
-            stages.append(Stack(functools.partial(Block, *sizes, **options), depth))
+            stages.append(Stack(functools.partial(Block, *sizes, dtype=dtype), depth, rngs=rngs))
             learned = stage in config.learned_norms
             norms.append(LayerNorm(width, epsilon=EPSILON, use_scale=learned, use_bias=learned, **options))
         self.stages, self.output_norms = nnx.List(stages), nnx.List(norms)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ class Net(nnx.Module):
     """``count`` linear layers, of which ``together`` at a time scale what they add by their place in the turn."""
 
     def __init__(self, count: int, *, rngs: nnx.Rngs):
-        self.layers = Stack(lambda: nnx.Linear(3, 3, rngs=rngs), count)
+        self.layers = Stack(functools.partial(nnx.Linear, 3, 3), count, rngs=rngs)
 
     def __call__(self, x, *, shift, rngs=None, **options):
         def run(each, x, shifts):
@@ -71,13 +73,54 @@ def test_layers_start_apart_and_go_by_their_own_names():
     assert layer_names("teach/bias", (2, 3)) == ["teach/bias"]
 
 
-def test_a_program_does_not_grow_with_the_layers():
+class Both(nnx.Module):
+    """A layer, some more of them in a stack or a list, and a last one."""
+
+    def __init__(self, stacked: int, *, rngs: nnx.Rngs):
+        pair = lambda rngs: nnx.Sequential(nnx.Linear(2, 3, rngs=rngs), nnx.LayerNorm(3, rngs=rngs), Deep(rngs=rngs))
+        self.first = nnx.Linear(2, 2, rngs=rngs)
+        self.layers = Stack(pair, 4, rngs=rngs) if stacked else nnx.List([pair(rngs) for _ in range(4)])
+        self.last = nnx.Linear(2, 2, rngs=rngs)
+
+    def __call__(self): ...
+
+
+class Deep(nnx.Module):
+    """A stack in a stack's layer."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.layers = Stack(functools.partial(nnx.Linear, 3, 3), 2, rngs=rngs)
+        self.last = nnx.Linear(3, 2, rngs=rngs)
+
+
+def test_layers_begin_as_if_they_were_made_in_turn():
+    stacked, listed = (Functional(lambda rngs, on=on: Both(on, rngs=rngs)).init(jax.random.key(7)) for on in (1, 0))
+    each = [listed["layers"][str(number)] for number in range(4)]
+    in_turn = {**listed, "layers": {EACH: jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)}}
+    jax.tree.map(np.testing.assert_array_equal, stacked, in_turn)
+    kernels = named_leaves(stacked)["layers/each/layers/2/layers/each/kernel"]
+    assert kernels.shape == (4, 2, 3, 3)
+    assert len({kernel.tobytes() for kernel in np.asarray(kernels).reshape(8, -1)}) == 8
+
+
+def test_flax_s_own_streams_will_do():
+    layers = Net(5, rngs=nnx.Rngs(0)).layers.each
+    assert len({kernel.tobytes() for kernel in np.asarray(layers.kernel[...])}) == 5
+    assert not np.array_equal(layers.kernel[...], Net(5, rngs=nnx.Rngs(1)).layers.each.kernel[...])
+
+
+def test_programs_do_not_grow_with_the_layers():
+    def drawing(count: int) -> int:
+        init = Functional(lambda rngs: Net(count, rngs=rngs)).init
+        return jax.jit(init).lower(jax.random.key(0)).as_text().count("\n")
+
     def instructions(count: int) -> int:
         model = Functional(lambda rngs: Net(count, rngs=rngs))
         run = jax.grad(lambda params: jnp.sum(model.apply(params, jnp.ones((2, 3)), shift=jnp.ones(count))[0]))
         return jax.jit(run).lower(model.abstract()).as_text().count("\n")
 
     assert instructions(40) < 1.1 * instructions(4)
+    assert drawing(40) == drawing(4)
 
 
 def test_a_fault_within_a_layer_is_named():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -79,7 +80,7 @@ class Bert(nnx.Module):
         self.tokens, self.positions = table(config.vocab_size), table(config.max_positions)
         self.segments = table(2)  # of which prompts only use the first
         self.embedding_norm = LayerNorm(config.hidden_dim, epsilon=EPSILON, dtype=dtype, rngs=rngs)
-        self.blocks = Stack(lambda: Block(config, dtype=dtype, rngs=rngs), config.num_layers)
+        self.blocks = Stack(functools.partial(Block, config, dtype=dtype), config.num_layers, rngs=rngs)
 
     def __call__(
         self,

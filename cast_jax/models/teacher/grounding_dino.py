@@ -107,8 +107,10 @@ class GroundingDino(nnx.Module):
         )
         self.level_embedding = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (config.num_levels, features)))
         sizes = (config.num_heads, config.num_levels, config.num_points)
-        make = lambda: EncoderLayer(features, config.encoder_ffn_dim, *sizes, config.fusion_drop_path, **options)
-        self.encoder = Stack(make, config.encoder_layers)
+        make = functools.partial(
+            EncoderLayer, features, config.encoder_ffn_dim, *sizes, config.fusion_drop_path, dtype=dtype
+        )
+        self.encoder = Stack(make, config.encoder_layers, rngs=rngs)
         self.selection = Selection(features, config.num_queries, config.scaled_logits, **options)
         self.decoder = Decoder(
             features,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -62,7 +63,7 @@ class Selection(nnx.Module):
     def __init__(self, features: int, num_queries: int, scaled_logits: bool, *, dtype, rngs: nnx.Rngs):
         self.linear = Linear(features, features, dtype=dtype, rngs=rngs)
         self.norm = layer_norm(features, dtype=dtype, rngs=rngs)
-        self.class_head, self.box_head = TokenLogits(scaled_logits), box_head(features, rngs)
+        self.class_head, self.box_head = TokenLogits(scaled_logits), box_head(features, rngs=rngs)
         self.num_queries = num_queries
 
     def scores(self, scene: Scene) -> Float[Array, "batch positions"]:
@@ -157,10 +158,11 @@ class Decoder(nnx.Module):
         sizes = (features, ffn_dim, num_heads, num_levels, num_points)
         self.queries = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (num_queries, features)))
         self.position_head = Perceptron(2 * features, features, features, rngs=rngs)
-        self.layers = Stack(lambda: DecoderLayer(*sizes, dtype=dtype, rngs=rngs), num_layers)
+        self.layers = Stack(functools.partial(DecoderLayer, *sizes, dtype=dtype), num_layers, rngs=rngs)
         self.norm = layer_norm(features, dtype=dtype, rngs=rngs)
-        self.box_heads = Stack(lambda: box_head(features, rngs), 1 if shared_boxes else num_layers)
-        self.class_heads = Stack(lambda: TokenLogits(scaled_logits), 1 if shared_logits else num_layers)
+        box_heads, class_heads = (1 if shared else num_layers for shared in (shared_boxes, shared_logits))
+        self.box_heads = Stack(functools.partial(box_head, features), box_heads, rngs=rngs)
+        self.class_heads = Stack(lambda rngs: TokenLogits(scaled_logits), class_heads, rngs=rngs)
         self.remat, self.dtype = remat, dtype
 
     def __call__(

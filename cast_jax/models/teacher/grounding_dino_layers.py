@@ -84,7 +84,7 @@ class Perceptron(nnx.Module):
         return self.layers[-1](values)
 
 
-def box_head(features: int, rngs: nnx.Rngs) -> Perceptron:
+def box_head(features: int, *, rngs: nnx.Rngs) -> Perceptron:
     """Corrections of (x, y, width, height) logits; zero at first."""
     return Perceptron(features, features, features, 4, last_init=nnx.initializers.zeros_init(), rngs=rngs)
 
