@@ -44,7 +44,7 @@ from cast_jax.evaluation.audit import audit, calibration_figure, tenths_from
 from cast_jax.evaluation.coco_map import MaskAPEvaluator
 from cast_jax.export import load_weights, merge_weights, save_weights, weights_hash
 from cast_jax.labelling import Predict, label_images
-from cast_jax.models.functional import Functional, Params, count_parameters
+from cast_jax.models.functional import Functional, Params, count_parameters, fill_in
 from cast_jax.predict import Predictor
 from cast_jax.preflight import (
     EVALUATED,
@@ -243,12 +243,10 @@ class Pipeline:
 
     def _initial_params(self, recipe: SemiSupervised, starts: Sequence[Start]) -> Params:
         """Weights of ``starts``, and elsewhere random ones, the same in every step: what is compared begins alike."""
-        # Optimising a program that runs once would only pay for large models, and round otherwise in the last bit.
-        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        params = jax.jit(recipe.init, compiler_options=options)(jax.random.key(self.config.seed))
+        params = recipe.abstract()
         for start in starts:
             params["segmenter"] = start.merged_into(params["segmenter"], load_weights(start.path)[0])
-        return params
+        return fill_in(params, recipe.init, jax.random.key(self.config.seed))
 
     def _cached(self, source: Source | None, view: ViewConfig) -> Source | None:
         """The source, by the folder of decoded images if there is to be one."""

@@ -14,6 +14,7 @@ import jax
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
+from cast_jax.core.rules import named_leaves, unnamed
 from cast_jax.models.keys import Keys
 
 Params = dict[str, Any]
@@ -49,6 +50,21 @@ class Functional:
     def _to_state(self, params: Params) -> nnx.State:
         leaves = {path: variable.replace(_lookup(params, path)) for path, variable in nnx.to_flat_state(self._state)}
         return nnx.from_flat_state(leaves)
+
+
+def fill_in(params: Params, init: Callable[[PRNGKeyArray], Params], key: PRNGKeyArray) -> Params:
+    """``params`` with those drawn that are only described (``jax.ShapeDtypeStruct``): what ``init`` makes of ``key``.
+
+    Nothing else is drawn: a large model takes its seconds, and memory beside the weights that are there.
+    """
+    leaves = named_leaves(params)
+    lacking = {name for name, leaf in leaves.items() if isinstance(leaf, jax.ShapeDtypeStruct)}
+    if not lacking:
+        return params
+    draw = lambda key: {name: leaf for name, leaf in named_leaves(init(key)).items() if name in lacking}
+    # Optimising a program that runs once would only pay for large models, and round otherwise in the last bit.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return unnamed(leaves | jax.jit(draw, compiler_options=options)(key), like=params)
 
 
 def count_parameters(params: Params) -> int:

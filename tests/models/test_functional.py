@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from cast_jax.core.rules import named_leaves
-from cast_jax.models.functional import Functional, count_parameters
+from cast_jax.models.functional import Functional, count_parameters, fill_in
 from cast_jax.models.registry import build_segmenter
 
 
@@ -65,6 +65,23 @@ def test_fresh_parameters_are_the_module_s_own():
     assert fresh.keys() == own.keys()
     for name, leaf in fresh.items():
         np.testing.assert_allclose(leaf, own[name], rtol=1e-6)
+
+
+def test_what_is_only_described_is_drawn(monkeypatch):
+    toy, key = Functional(Toy), jax.random.key(5)
+    fresh = toy.init(key)
+    given = {**toy.abstract(), "token": np.arange(4.0)}
+    filled = fill_in(given, toy.init, key)
+    assert filled["token"] is given["token"]
+    jax.tree.map(np.testing.assert_array_equal, filled["layers"], fresh["layers"])
+    jax.tree.map(np.testing.assert_array_equal, fill_in(toy.abstract(), toy.init, key), fresh)
+    assert fill_in(filled, init=None, key=key) is filled  # nothing is drawn
+
+    jitted = []
+    monkeypatch.setattr(jax, "jit", lambda draw, **options: jitted.append(draw) or draw)
+    fill_in(given, toy.init, key)
+    drawn = jax.eval_shape(jitted[0], key)
+    assert drawn.keys() == named_leaves(fresh).keys() - {"token"}
 
 
 def test_seeds_and_dropout_keys():
